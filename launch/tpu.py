@@ -1,0 +1,75 @@
+"""Trains a recipe on whatever devices are there: `python launch/tpu.py --config recipes/smoke.py`.
+
+Any field of the recipe can be overridden: `--config.optim.learning_rate=3e-4`. The same command again goes on
+from the last checkpoint. On several hosts run it on each of them; clusters that JAX recognises (TPU pods, SLURM,
+Open MPI) need nothing else.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # of a GPU; JAX's default leaves a quarter unused
+
+import jax
+
+from launch.command_line import parse
+from vit22b import data, sharding
+from vit22b.checkpoint import Checkpoints
+from vit22b.config import Recipe, RecipeError
+from vit22b.memory import check_state_memory
+from vit22b.report import Reporter
+from vit22b.train import train
+from vit22b.workdir import open_workdir
+
+
+def run(recipe: Recipe, workdir: Path) -> None:
+    """Checks everything that can be checked, then trains. Raises `RecipeError` for what the user can mend."""
+    recipe.validate()
+    devices = jax.devices()
+    check_state_memory(recipe, devices)
+    shape = sharding.mesh_shape(recipe.mesh, len(devices))
+    sharding.check_divisibility(recipe, shape)
+    sources = data.open_sources(recipe)
+    fingerprints = {name: source.fingerprint() for name, source in zip(("train", "validation"), sources, strict=True)}
+    open_workdir(workdir, recipe, fingerprints)
+    checkpoints = Checkpoints(workdir / "checkpoints", recipe)
+    reporter = Reporter(recipe, workdir)
+    if checkpoints.latest_step == recipe.total_steps:
+        reporter.note(f"{recipe.name}: complete after {recipe.total_steps} steps; results in {workdir}")
+        return
+    checkpoints.stop_on(signal.SIGTERM, signal.SIGINT)
+    reporter.note(
+        f"{recipe.name}: {len(devices)} x {devices[0].device_kind}, mesh "
+        + " x ".join(f"{axis} {count}" for axis, count in zip(sharding.AXES, shape, strict=True))
+    )
+    try:
+        with jax.set_mesh(sharding.make_mesh(shape, devices)):
+            train(recipe, sources, checkpoints, reporter)
+    finally:
+        reporter.close()
+
+
+def on_a_cluster() -> bool:
+    """Whether this is one of several processes, by the variables that TPU pods and job schedulers set."""
+    tasks = max(int(os.environ.get(name, "1")) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return tasks > 1 or len(hosts) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
+
+
+def main() -> int:
+    try:
+        recipe, workdir = parse(sys.argv)
+        if on_a_cluster():
+            jax.distributed.initialize()
+        run(recipe, workdir or Path("runs") / recipe.name)
+    except (RecipeError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

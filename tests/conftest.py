@@ -1,0 +1,35 @@
+"""What all tests share: eight simulated CPU devices, and a factory of meshes on them."""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jax.sharding import Mesh  # noqa: E402
+
+from vit22b.sharding import make_mesh  # noqa: E402
+
+# A device that has reached a collective holds a thread until all the others have. Dispatched asynchronously,
+# two programs can run at once and, with fewer threads than devices, each wait forever for threads of the other.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+MeshFactory = Callable[[int, int, int], contextlib.AbstractContextManager[Mesh]]
+
+
+@pytest.fixture(scope="session")
+def mesh() -> MeshFactory:
+    """`with mesh(replica, data, model) as m:` puts a mesh of the first simulated devices in force."""
+
+    @contextlib.contextmanager
+    def on_mesh(replica: int = 1, data: int = 1, model: int = 1) -> Iterator[Mesh]:
+        shape = (replica, data, model)
+        m = make_mesh(shape, jax.devices()[: math.prod(shape)])
+        with jax.set_mesh(m):
+            yield m
+
+    return on_mesh

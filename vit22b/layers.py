@@ -1,0 +1,256 @@
+"""The layers of a Vision Transformer, on an Explicit mesh.
+
+Letters, here and in model.py: B batch, T tokens, D width, F MLP width, N heads, H head dim, K a
+kernel's outputs. Arrays carry them: `x_BTD`. Parameters are fp32; `DTYPES[config.matmul]` is what
+matmuls read and write; norms and softmax compute in fp32.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+
+from vit22b import init
+from vit22b.config import ModelConfig
+from vit22b.sharding import BATCH, HEADS, HIDDEN, RESIDUAL
+
+DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
+KERNEL_IN = P("data", "model")  # (D, K): read by column_parallel
+KERNEL_OUT = P("model", "data")  # (K, D): read by row_parallel
+COLUMN, ROW = P(None, "model"), P("model", None)  # the same kernels gathered over 'data' for use
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "swiglu": jax.nn.silu,
+}
+
+
+def new_kernel(key: jax.Array, shape: tuple[int, int], spec: P, config: ModelConfig) -> nnx.Param:
+    """A matrix of the body, initialised as the recipe says (mimetic initialization concerns attention alone)."""
+    create = init.truncated_normal if config.init == "truncated_normal" else init.xavier
+    return nnx.Param(create(key, shape, spec))
+
+
+def vector(size: int, value: float = 0.0) -> nnx.Param:
+    """A replicated fp32 vector: norm scale, bias or LayerScale."""
+    return nnx.Param(jnp.full((size,), value, jnp.float32))
+
+
+def matmul(equation: str, x: jax.Array, w: jax.Array, out_sharding: P) -> jax.Array:
+    """einsum in the operands' dtype; fp32 means fp32, also where hardware would round its inputs."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(equation, x, w, precision=precision, out_sharding=out_sharding)
+
+
+def column_parallel(x_BTD: jax.Array, kernels: list[nnx.Param], fused: bool) -> list[jax.Array]:
+    """`x @ kernel` for each (D, K) kernel: a list of (B, T, K), K split over 'model'.
+
+    Fused: one matmul over the kernels side by side. Joining happens within each shard, hence without
+    communication, in the copy that casting and gathering the weights makes anyway.
+    """
+    weights = [reshard(w[...].astype(x_BTD.dtype), COLUMN) for w in kernels]
+    if not fused or len(weights) == 1:
+        return [matmul("btd,dk->btk", x_BTD, w, HIDDEN) for w in weights]
+    joined = jax.shard_map(lambda *w: jnp.concatenate(w, 1), in_specs=COLUMN, out_specs=COLUMN)(*weights)
+    y_BTK = matmul("btd,dk->btk", x_BTD, joined, HIDDEN)
+
+    def split(y):
+        widths = [w.shape[1] * y.shape[2] // joined.shape[1] for w in weights]
+        return tuple(jnp.split(y, [sum(widths[:i]) for i in range(1, len(widths))], axis=2))
+
+    return list(jax.shard_map(split, in_specs=HIDDEN, out_specs=HIDDEN)(y_BTK))
+
+
+def row_parallel(inputs: list[jax.Array], kernels: list[jax.Array], fused: bool) -> jax.Array:
+    """The sum over pairs of `x @ kernel`, (B, T, K) @ (K, D) with K split over 'model': (B, T, D) as RESIDUAL.
+
+    Fused: one matmul over the inputs side by side, which reads and writes a joined copy of them.
+    """
+    weights = [reshard(w.astype(x.dtype), ROW) for x, w in zip(inputs, kernels, strict=True)]
+    if fused and len(inputs) > 1:
+        inputs = [jax.shard_map(lambda *x: jnp.concatenate(x, 2), in_specs=HIDDEN, out_specs=HIDDEN)(*inputs)]
+        weights = [jax.shard_map(lambda *w: jnp.concatenate(w, 0), in_specs=ROW, out_specs=ROW)(*weights)]
+    return sum(matmul("btk,kd->btd", x, w, RESIDUAL) for x, w in zip(inputs, weights, strict=True))
+
+
+class Norm(nnx.Module):
+    """RMSNorm (ViT-22B's un-centred LayerNorm) or LayerNorm over the last dimension, in fp32.
+
+    Takes and returns (..., size) in any dtype and sharding.
+    """
+
+    def __init__(self, size: int, config: ModelConfig):
+        self.scale = vector(size, 1.0)
+        self.bias = vector(size) if config.norm_bias else None
+        self.centred = config.norm == "layer"
+        self.epsilon = config.norm_epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.centred:
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(x.dtype)
+
+
+class Branch(nnx.Module):
+    """What attention and MLP share, seen from a block: kernels in, something in between, a kernel out.
+
+    The matmuls themselves are `apply_branches`'s, which can thus fuse those of several branches.
+    """
+
+    out: nnx.Param  # (K, D)
+    out_bias: nnx.Param | None
+    scale: nnx.Param | None  # LayerScale [Touvron 2021, section 2]
+
+    @property
+    def inputs(self) -> list[tuple[nnx.Param, nnx.Param | None]]:
+        """The (D, K) kernels, each with its bias."""
+        raise NotImplementedError
+
+    def hidden(self, ys: list[jax.Array], rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        """From the projections of `inputs`, (B, T, K) each, to what `out` projects back, (B, T, K)."""
+        raise NotImplementedError
+
+    def scaled(self, w: nnx.Param) -> jax.Array:
+        """A kernel or bias of the output with LayerScale folded in."""
+        return w[...] if self.scale is None else w[...] * self.scale[...]
+
+
+class Attention(Branch):
+    """Multi-head self-attention, optionally with query-key normalization [Dehghani 2023, section 2]."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, qk_norm: str, layer_scale: float):
+        width, specs = config.width, (KERNEL_IN, KERNEL_IN, KERNEL_IN, KERNEL_OUT)
+        if config.init == "mimetic":
+            key_qk, key_vo = jax.random.split(key)
+            weights = [*init.mimetic_query_key(key_qk, width, config.num_heads), *init.mimetic_value_out(key_vo, width)]
+            params = [nnx.Param(reshard(w, spec)) for w, spec in zip(weights, specs, strict=True)]
+        else:
+            keys = jax.random.split(key, 4)
+            params = [new_kernel(k, (width, width), spec, config) for k, spec in zip(keys, specs, strict=True)]
+        self.query, self.key, self.value, self.out = params
+        self.query_bias, self.key_bias, self.value_bias = (vector(width) if config.qkv_bias else None for _ in range(3))
+        self.out_bias = vector(width) if config.proj_bias else None
+        self.scale = vector(width, layer_scale) if layer_scale else None
+        size = {"none": 0, "head": config.head_dim, "width": width}[qk_norm]
+        self.query_norm, self.key_norm = (Norm(size, config) if size else None for _ in range(2))
+        self.qk_norm = qk_norm
+        self.num_heads = config.num_heads
+        self.implementation = config.attention
+
+    @property
+    def inputs(self) -> list[tuple[nnx.Param, nnx.Param | None]]:
+        return [(self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias)]
+
+    def hidden(self, ys: list[jax.Array], rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        q, k, v = ys
+        if self.qk_norm == "width":
+            q, k = self.query_norm(q), self.key_norm(k)
+        q_BTNH, k_BTNH, v_BTNH = (self._split_heads(x) for x in (q, k, v))
+        if self.qk_norm == "head":
+            q_BTNH, k_BTNH = self.query_norm(q_BTNH), self.key_norm(k_BTNH)
+        if rope is not None:
+            q_BTNH, k_BTNH = rotate(q_BTNH, *rope), rotate(k_BTNH, *rope)
+        with jax.named_scope("attention"):
+            y_BTNH = dot_product_attention(q_BTNH, k_BTNH, v_BTNH, self.implementation)
+        return checkpoint_name(jax.lax.reshape(y_BTNH, q.shape, out_sharding=HIDDEN), "attention")
+
+    def _split_heads(self, x_BTK: jax.Array) -> jax.Array:
+        b, t, k = x_BTK.shape
+        return jax.lax.reshape(x_BTK, (b, t, self.num_heads, k // self.num_heads), out_sharding=HEADS)
+
+
+def dot_product_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, implementation: str) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v per head, softmax in fp32; heads and batch stay where they are.
+
+    `implementation`: 'xla', 'cudnn' (fused, bf16, H a multiple of 8), or 'auto': cuDNN where it applies.
+    """
+    if implementation == "auto":
+        fits = q_BTNH.dtype == jnp.bfloat16 and q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= 128
+        implementation = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    # cuDNN's custom partitioning does not know Explicit axes; within shard_map there is nothing to partition.
+    return jax.shard_map(attend, in_specs=(HEADS,) * 3, out_specs=HEADS, check_vma=False)(q_BTNH, k_BSNH, v_BSNH)
+
+
+def rotate(x_BTNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array) -> jax.Array:
+    """Rotary position embedding in the rotate-half form, in fp32."""
+    x = x_BTNH.astype(jnp.float32)
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    y = x * cos_TH[:, None, :] + turned * sin_TH[:, None, :]
+    return y.astype(x_BTNH.dtype)
+
+
+def rope_angles(grid: tuple[int, int], num_prefix: int, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, (T, H) fp32, of 2-D axial rotations as in DINOv3 [Simeoni 2025, section 3.2].
+
+    Patch centres lie in [-1, 1] along each axis; a quarter of the head's dims turns with the row and a
+    quarter with the column, with periods base^(2j / (H/2)). Prefix tokens are not turned.
+    """
+    periods = base ** (2 * jnp.arange(head_dim // 4, dtype=jnp.float32) / (head_dim / 2))
+    rows, columns = (2 * (jnp.arange(n, dtype=jnp.float32) + 0.5) / n - 1 for n in grid)
+    centres = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+    angles = 2 * math.pi * centres[:, :, None] / periods
+    angles = jnp.tile(angles.reshape(-1, head_dim // 2), (1, 2))
+    angles = jnp.pad(angles, ((num_prefix, 0), (0, 0)))
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+class MLP(Branch):
+    """A dense layer, GELU, a dense layer; or SwiGLU [Shazeer 2020]."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, layer_scale: float):
+        gate_key, up_key, out_key = jax.random.split(key, 3)
+        width, hidden, gated = config.width, config.mlp_dim, config.mlp == "swiglu"
+        self.gate = new_kernel(gate_key, (width, hidden), KERNEL_IN, config) if gated else None
+        self.up = new_kernel(up_key, (width, hidden), KERNEL_IN, config)
+        self.out = new_kernel(out_key, (hidden, width), KERNEL_OUT, config)
+        self.gate_bias = vector(hidden) if gated and config.mlp_bias else None
+        self.up_bias = vector(hidden) if config.mlp_bias else None
+        self.out_bias = vector(width) if config.mlp_bias else None
+        self.scale = vector(width, layer_scale) if layer_scale else None
+        self.activation = config.mlp
+
+    @property
+    def inputs(self) -> list[tuple[nnx.Param, nnx.Param | None]]:
+        gate = [] if self.gate is None else [(self.gate, self.gate_bias)]
+        return [*gate, (self.up, self.up_bias)]
+
+    def hidden(self, ys: list[jax.Array], rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        with jax.named_scope("mlp"):
+            y = ACTIVATIONS[self.activation](ys[0])
+            return y if self.gate is None else y * ys[1]
+
+
+def apply_branches(
+    norm: Norm, branches: list[Branch], x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array] | None, fused: bool
+) -> jax.Array:
+    """What the branches, reading one norm of the residual stream, add to it: (B, T, D) to (B, T, D)."""
+    h_BTD = reshard(norm(x_BTD), BATCH)  # matmuls read the whole width, the stream is split over 'model'
+    inputs = [pair for branch in branches for pair in branch.inputs]
+    ys = column_parallel(h_BTD, [w for w, _ in inputs], fused)
+    ys = add_biases(ys, [bias for _, bias in inputs])
+    hidden = []
+    for branch in branches:
+        count = len(branch.inputs)
+        hidden.append(branch.hidden(ys[:count], rope))
+        ys = ys[count:]
+    out_BTD = row_parallel(hidden, [branch.scaled(branch.out) for branch in branches], fused)
+    for branch in branches:
+        if branch.out_bias is not None:
+            out_BTD = out_BTD + branch.scaled(branch.out_bias).astype(out_BTD.dtype)
+    return out_BTD
+
+
+def add_biases(ys: list[jax.Array], biases: list[nnx.Param | None]) -> list[jax.Array]:
+    """Each output plus its bias, in the output's dtype; None adds nothing."""
+    return [y if b is None else y + b[...].astype(y.dtype) for y, b in zip(ys, biases, strict=True)]

@@ -1,0 +1,79 @@
+"""Whether a recipe fits its devices, told before anything is allocated.
+
+First from shapes alone, at once: parameters, optimizer state, gradients. Then from the compiled step, which
+knows its temporaries too.
+"""
+
+import dataclasses
+import os
+
+import jax
+from jax.sharding import Mesh
+
+from vit22b import sharding
+from vit22b.config import LADDER, Recipe, RecipeError, size
+from vit22b.step import abstract_state
+
+GIB = 2**30
+
+
+def device_memory(device: jax.Device) -> int:
+    """Bytes that programs can use on the device; CPU devices share the machine's memory."""
+    stats = device.memory_stats()
+    if stats is not None and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+
+
+def state_memory(recipe: Recipe, mesh_shape: tuple[int, int, int]) -> dict[str, int]:
+    """Bytes per device of 'parameters', 'gradients' and 'optimizer' (with EMA), from shapes alone."""
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(mesh_shape)):
+        state = abstract_state(recipe)
+        parameters = sharding.bytes_per_device(state.model)
+        optimizer = sharding.bytes_per_device((state.opt_state, state.ema))
+    return {"parameters": parameters, "gradients": parameters, "optimizer": optimizer}
+
+
+def check_state_memory(recipe: Recipe, devices: list[jax.Device]) -> None:
+    """Raises `RecipeError` where parameters, gradients and optimizer alone exceed the devices' memory."""
+    try:
+        shape = sharding.mesh_shape(recipe.mesh, len(devices))
+    except RecipeError:  # a mesh for other devices: judge by the most even split of these
+        shape = (1, len(devices), 1)
+    available = device_memory(devices[0])
+    parts = state_memory(recipe, shape)
+    if sum(parts.values()) <= available:
+        return
+    fitting = [name for name in LADDER if sum(state_memory(at_size(recipe, name), shape).values()) <= available]
+    raise RecipeError(
+        f"model.width={recipe.model.width}, model.depth={recipe.model.depth}: needs at least "
+        f"{sum(parts.values()) / GIB:.1f} GiB per device ("
+        + ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
+        + f"); each of the {len(devices)} {devices[0].device_kind} device(s) here has {available / GIB:.1f} GiB. "
+        + (f"Sizes that fit here: {', '.join(fitting)}; " if fitting else "")
+        + f"for example --config recipes/vit22b.py:{fitting[-1] if fitting else next(iter(LADDER))}"
+    )
+
+
+def at_size(recipe: Recipe, name: str) -> Recipe:
+    """The recipe with the width, depth, MLP and heads of a rung of the ladder."""
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **size(name, LADDER)))
+
+
+def check_step_memory(recipe: Recipe, compiled: jax.stages.Compiled, mesh: Mesh) -> None:
+    """Raises `RecipeError` where the compiled step's arguments and temporaries exceed a device's memory."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:  # a platform that does not say
+        return
+    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # donated buffers count once
+    available = device_memory(mesh.devices.flat[0])
+    if arguments + temporaries + outputs <= available:
+        return
+    share = max(available - arguments - outputs, 0) / temporaries
+    raise RecipeError(
+        f"batch_size={recipe.batch_size}: a step needs {(arguments + temporaries + outputs) / GIB:.1f} GiB per device "
+        f"(state and batch {(arguments + outputs) / GIB:.1f}, temporaries {temporaries / GIB:.1f}), there are "
+        f"{available / GIB:.1f}; try a batch of about {int(recipe.batch_size * share)}, more "
+        "optim.accumulate_steps, or --config.model.remat=full"
+    )

@@ -1,0 +1,225 @@
+"""The Vision Transformer: ViT-22B's parallel block, the sequential block, poolings and head.
+
+Letters as in layers.py, and: C classes, L layers, I pixels of a patch. A model is a pytree: raw
+`jax.jit`, `jax.grad`, `jax.lax.scan` apply to it. Blocks are stored stacked, with a leading L.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.sharding import reshard
+
+from vit22b import init
+from vit22b.config import ModelConfig
+from vit22b.layers import (
+    COLUMN,
+    DTYPES,
+    MLP,
+    Attention,
+    Norm,
+    add_biases,
+    apply_branches,
+    column_parallel,
+    matmul,
+    rope_angles,
+    row_parallel,
+    vector,
+)
+from vit22b.sharding import BATCH, RESIDUAL
+
+# What a layer keeps for its backward pass; the rest is computed again.
+REMAT = {
+    "none": None,  # keeps everything
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # matmul outputs, not attention scores
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),  # input and attention output
+}
+
+
+class Output(NamedTuple):
+    """What a forward pass gives. Whatever a jitted caller does not use is not computed."""
+
+    logits: jax.Array  # B C, fp32
+    pooled: jax.Array  # B D, fp32: the classifier's input
+    tokens: jax.Array  # B T D: after the final norm; class token and registers first
+    layers: jax.Array | None  # R B T D: the residual stream after each requested layer
+
+
+class Block(nnx.Module):
+    """One layer. Parallel [Dehghani 2023, section 2]: x + Attn(norm x) + MLP(norm x); sequential: one, then the other."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        attention_key, mlp_key = jax.random.split(key)
+        self.fused = config.fused
+        self.norm = Norm(config.width, config)
+        self.attention = Attention(config, attention_key, config.qk_norm, config.layer_scale)
+        self.mlp_norm = Norm(config.width, config) if config.block == "sequential" else None
+        self.mlp = MLP(config, mlp_key, config.layer_scale)
+
+    def __call__(self, x_BTD: jax.Array, rope: tuple | None, keep_B11: jax.Array | None) -> jax.Array:
+        """(B, T, D) to (B, T, D). `keep_B11` multiplies what is added: stochastic depth."""
+        if self.mlp_norm is None:
+            steps = [(self.norm, [self.attention, self.mlp])]
+        else:
+            steps = [(self.norm, [self.attention]), (self.mlp_norm, [self.mlp])]
+        for norm, branches in steps:
+            y_BTD = apply_branches(norm, branches, x_BTD, rope, self.fused)
+            x_BTD = x_BTD + (y_BTD if keep_B11 is None else y_BTD * keep_B11)
+        return x_BTD
+
+
+class MAPHead(nnx.Module):
+    """Multi-head attention pooling: one learned query attends to all tokens, an MLP follows [Zhai 2022, appendix]."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        probe_key, attention_key, mlp_key = jax.random.split(key, 3)
+        self.fused = config.fused
+        self.probe = nnx.Param(init.xavier(probe_key, (1, config.width), P()))
+        self.attention = Attention(config, attention_key, qk_norm="none", layer_scale=0.0)
+        self.norm = Norm(config.width, config)
+        self.mlp = MLP(config, mlp_key, layer_scale=0.0)
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        """(B, T, D) to (B, D)."""
+        x_BTD = reshard(x_BTD, BATCH)
+        probe = self.probe[...].astype(x_BTD.dtype)
+        query_B1D = jnp.broadcast_to(probe, (x_BTD.shape[0], *probe.shape), out_sharding=BATCH)
+        (query, *key_value), biases = zip(*self.attention.inputs, strict=True)
+        projected = column_parallel(query_B1D, [query], self.fused) + column_parallel(x_BTD, key_value, self.fused)
+        hidden = self.attention.hidden(add_biases(projected, biases), rope=None)
+        y_B1D = row_parallel([hidden], [self.attention.out[...]], self.fused)
+        y_B1D = add_biases([y_B1D], [self.attention.out_bias])[0]
+        return (y_B1D + apply_branches(self.norm, [self.mlp], y_B1D, None, self.fused))[:, 0]
+
+
+class ViT(nnx.Module):
+    """A Vision Transformer classifier. Parameters fp32, created sharded on the mesh in force (`jax.set_mesh`)."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array):
+        patch_key, position_key, token_key, block_key, pool_key = jax.random.split(key, 5)
+        width, num_inputs = config.width, 3 * config.patch_size**2
+        self.config = config
+        self.patch_kernel = nnx.Param(
+            init.truncated_normal(patch_key, (num_inputs, width), COLUMN, 1 / math.sqrt(num_inputs))
+        )
+        self.patch_bias = vector(width)
+        learned = config.position == "learned"
+        self.position = (
+            nnx.Param(init.normal(position_key, (config.grid**2, width), COLUMN, 1 / math.sqrt(width)))
+            if learned
+            else None
+        )
+        num_prefix = config.class_token + config.num_registers
+        self.prefix = nnx.Param(init.normal(token_key, (num_prefix, width), P(), 0.02)) if num_prefix else None
+        # One block after another, since mimetic initialization takes a full SVD per head.
+        self.blocks = jax.lax.map(lambda k: Block(config, k), jax.random.split(block_key, config.depth))
+        self.norm = Norm(width, config)
+        self.map_head = MAPHead(config, pool_key) if config.pool == "map" else None
+        self.head_kernel = nnx.Param(jnp.zeros((width, config.num_classes), jnp.float32, out_sharding=P("data", None)))
+        self.head_bias = vector(config.num_classes, config.head_bias)
+
+    def __call__(self, images: jax.Array, *, key: jax.Array | None = None, layers: tuple[int, ...] = ()) -> Output:
+        """Features and logits of images (B, S, S, 3), normalised floats; S any multiple of the patch size.
+
+        `key` turns stochastic depth on. `layers` names the blocks (0-based) whose output is returned too.
+        """
+        x_BTD, grid = self.embed(images)
+        x_BTD, kept = self.run_blocks(x_BTD, grid, key, layers)
+        tokens_BTD = self.norm(x_BTD)
+        with jax.named_scope("head"):
+            pooled_BD = reshard(self.pool(tokens_BTD).astype(jnp.float32), BATCH)
+            kernel_DC = reshard(self.head_kernel[...], P(None, None))
+            logits_BC = matmul("bd,dc->bc", pooled_BD, kernel_DC, BATCH) + self.head_bias[...]
+        return Output(logits_BC, pooled_BD, tokens_BTD, kept)
+
+    def embed(self, images: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
+        """Patches with positions behind class token and registers, (B, T, D), and the grid (rows, columns)."""
+        config, dtype, p = self.config, DTYPES[self.config.matmul], self.config.patch_size
+        batch, height, width, _ = images.shape
+        if height % p or width % p:
+            raise ValueError(f"image of {height}x{width}: sides must be multiples of the patch size {p}")
+        grid = (height // p, width // p)
+        x = jax.lax.reshape(images.astype(dtype), (batch, grid[0], p, grid[1], p, 3), out_sharding=BATCH)
+        x_BTI = jax.lax.reshape(
+            x.transpose(0, 1, 3, 2, 4, 5), (batch, grid[0] * grid[1], p * p * 3), out_sharding=BATCH
+        )
+        x_BTD = matmul("bti,id->btd", x_BTI, self.patch_kernel[...].astype(dtype), RESIDUAL)
+        x_BTD = x_BTD + self.patch_bias[...].astype(dtype)
+        if config.position in ("learned", "sincos"):
+            x_BTD = x_BTD + self.positions(grid).astype(dtype)
+        if self.prefix is not None:
+            shape = (batch, *self.prefix.shape)
+            prefix = jnp.broadcast_to(self.prefix[...].astype(dtype), shape, out_sharding=BATCH)
+            x_BTD = jnp.concatenate([reshard(prefix, RESIDUAL), x_BTD], axis=1)
+        return x_BTD, grid
+
+    def positions(self, grid: tuple[int, int]) -> jax.Array:
+        """Position embeddings (T, D) for any grid; learned ones are resampled bicubically to another one."""
+        config = self.config
+        if config.position == "sincos":
+            return sincos_positions(grid, config.width)
+        if grid == (config.grid, config.grid):
+            return self.position[...]
+        table = reshard(self.position[...], P()).reshape(config.grid, config.grid, config.width)
+        table = jax.image.resize(table, (*grid, config.width), "cubic", antialias=True)
+        return reshard(table.reshape(grid[0] * grid[1], config.width), COLUMN)
+
+    def run_blocks(
+        self, x_BTD: jax.Array, grid: tuple[int, int], key: jax.Array | None, layers: tuple[int, ...]
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """The residual stream after all blocks, and after each of `layers` (R, B, T, D)."""
+        config, depth = self.config, self.config.depth
+        num_prefix = x_BTD.shape[1] - grid[0] * grid[1]
+        rope = rope_angles(grid, num_prefix, config.head_dim, config.rope_base) if config.position == "rope" else None
+        drop = key is not None and config.stochastic_depth > 0
+        rates = jnp.linspace(0, config.stochastic_depth, depth)
+        keys = jax.random.split(key, depth) if drop else None
+        # Every layer writes its output into a slot of one buffer; those not asked for share the last slot.
+        slots = jnp.array([layers.index(i) if i in layers else len(layers) for i in range(depth)])
+        kept = jnp.stack([jnp.zeros_like(x_BTD)] * (len(layers) + 1)) if layers else None
+
+        def layer(carry, inputs):
+            x_BTD, kept = carry
+            block, rate, slot, layer_key = inputs
+            keep_B11 = None
+            if drop:
+                shape = (x_BTD.shape[0], 1, 1)
+                keep_B11 = jax.random.bernoulli(layer_key, 1 - rate, shape, out_sharding=BATCH).astype(jnp.float32)
+                keep_B11 = (keep_B11 / (1 - rate)).astype(x_BTD.dtype)
+            x_BTD = block(x_BTD, rope, keep_B11)
+            if kept is not None:
+                kept = jax.lax.dynamic_update_index_in_dim(kept, x_BTD, slot, 0)
+            return (x_BTD, kept), None
+
+        looped = config.scan_unroll < depth
+        if config.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=not looped)
+        carry, inputs = (x_BTD, kept), (self.blocks, rates, slots, keys)
+        if looped:
+            carry, _ = jax.lax.scan(layer, carry, inputs, unroll=config.scan_unroll)
+        else:
+            for i in range(depth):
+                carry, _ = layer(carry, jax.tree.map(lambda leaf: leaf[i], inputs))  # noqa: B023
+        x_BTD, kept = carry
+        return x_BTD, None if kept is None else kept[:-1]
+
+    def pool(self, tokens_BTD: jax.Array) -> jax.Array:
+        """(B, T, D) to (B, D) by `config.pool`."""
+        if self.map_head is not None:
+            return self.map_head(tokens_BTD)
+        if self.config.pool == "cls":
+            return tokens_BTD[:, 0]
+        num_prefix = 0 if self.prefix is None else self.prefix.shape[0]
+        return jnp.mean(tokens_BTD[:, num_prefix:].astype(jnp.float32), axis=1)
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> jax.Array:
+    """Fixed 2-D sine-cosine embeddings (T, D), fp32, of patch indices, base 10,000 [Chen 2021, MoCo v3]."""
+    frequencies = 10_000.0 ** -(jnp.arange(width // 4, dtype=jnp.float32) / (width / 4))
+    rows, columns = jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequencies for axis in (columns, rows)]
+    return jnp.concatenate([f(a) for a in angles for f in (jnp.sin, jnp.cos)], axis=1)

@@ -1,0 +1,87 @@
+"""The mesh, and what may lie on it.
+
+Every array lives on one mesh with the axes `('replica', 'data', 'model')`; an unused axis has size 1.
+The batch is split over `replica` and `data`; parameters and optimizer state over `data` (FSDP) and
+`model` (tensor parallelism); the residual stream over the batch axes and, in its width, over `model`,
+as in ViT-22B [Dehghani 2023, section 3.2]. All axes are Explicit: shardings are part of array types,
+so a forgotten one is an error at trace time instead of a silent copy.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from vit22b.config import MeshConfig, Recipe, RecipeError, check
+
+AXES = ("replica", "data", "model")
+BATCH = P(("replica", "data"))
+RESIDUAL = P(("replica", "data"), None, "model")  # B T D
+HIDDEN = P(("replica", "data"), None, "model")  # B T F, and B T (N H)
+HEADS = P(("replica", "data"), None, "model", None)  # B T N H
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
+    """Devices per axis, with -1 resolved. Raises `RecipeError` unless the axes use every device."""
+    shape = [config.replica, config.data, config.model]
+    text = f"replica={shape[0]},data={shape[1]},model={shape[2]}"
+    if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
+        raise RecipeError(f"mesh={text}: each axis must be at least 1, and at most one may be -1 (all that remain)")
+    known = int(np.prod([n for n in shape if n != -1]))
+    check(num_devices % known == 0 and (-1 in shape or known == num_devices), "mesh", text,
+          f"does not fill {num_devices} device(s); the product must be {num_devices}, "
+          "for example with --config.mesh.replica=1 --config.mesh.data=-1 --config.mesh.model=1")  # fmt: skip
+    replica, data, model = (num_devices // known if n == -1 else n for n in shape)
+    return replica, data, model
+
+
+def check_divisibility(recipe: Recipe, shape: tuple[int, int, int]) -> None:
+    """Raises `RecipeError` where the mesh does not divide the batch or the model."""
+    replica, data, model = shape
+    batch, shards = recipe.batch_size, replica * data * recipe.optim.accumulate_steps
+    what = f"mesh.replica={replica} x mesh.data={data} x optim.accumulate_steps={recipe.optim.accumulate_steps}"
+    if recipe.data.mixup or recipe.data.cutmix:  # mixed in neighbouring pairs, which must share a device
+        shards, what = shards * 2, what + " x 2 (mixup and cutmix pair neighbours)"
+    check(batch % shards == 0, "batch_size", batch,
+          f"must be a multiple of {shards} = {what}; try {max(batch // shards, 1) * shards}")  # fmt: skip
+    config = recipe.model
+    for axis, count, fields in (("data", data, ("width",)), ("model", model, ("width", "num_heads", "mlp_dim"))):
+        for field in fields:
+            value = getattr(config, field)
+            fitting = [n for n in range(1, count + 1) if value % n == 0]
+            check(value % count == 0, f"mesh.{axis}", count,
+                  f"must divide model.{field}={value}; the largest that does: {fitting[-1]}")  # fmt: skip
+
+
+def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh of real devices, all axes Explicit."""
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
+    """A mesh of no devices at all, on which any recipe can be traced at full size."""
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def concrete(tree, mesh: Mesh):
+    """The shapes and specs of an abstract tree as `ShapeDtypeStruct`s that are placed on `mesh`."""
+
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(leaf)))
+
+    return jax.tree.map(place, tree)
+
+
+def spec_of(leaf) -> P:
+    """The partition of an array or abstract array; replicated where none is set."""
+    return leaf.sharding.spec if isinstance(leaf.sharding, NamedSharding) else P()
+
+
+def bytes_per_device(tree) -> int:
+    """Bytes that one device holds of a tree of (abstract) sharded arrays."""
+
+    def leaf_bytes(leaf) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf.sharding, NamedSharding) else leaf.shape
+        return int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
+
+    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))

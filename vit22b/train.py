@@ -1,0 +1,84 @@
+"""The one train loop: the order in which a run does things.
+
+A step's randomness and its data are functions of (seed, step), so a resumed run repeats an uninterrupted one
+bit for bit.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, get_mesh
+
+from vit22b import data, sharding
+from vit22b.checkpoint import Checkpoints
+from vit22b.config import Recipe
+from vit22b.flops import peak_flops, train_flops
+from vit22b.memory import check_step_memory
+from vit22b.metrics import ClassificationSums
+from vit22b.model import ViT
+from vit22b.report import Reporter
+from vit22b.step import abstract_state, compile_train_step, eval_step, init_state
+
+
+def train(recipe: Recipe, sources: tuple, checkpoints: Checkpoints, reporter: Reporter) -> None:
+    """Runs a recipe to its last step on the mesh in force, from the newest checkpoint if there is one.
+
+    `sources` are the training and the validation set. Raises FloatingPointError after the first step whose loss or
+    gradient is not finite, and `RecipeError` before allocating where the step does not fit the devices.
+    """
+    train_source, validation_source = sources
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    mesh = get_mesh()
+    abstract = sharding.concrete(abstract_state(recipe), mesh)
+    start = time.perf_counter()
+    train_fn = compile_train_step(recipe, abstract)
+    reporter.note(f"compiled the train step in {time.perf_counter() - start:.1f} s")
+    check_step_memory(recipe, train_fn, mesh)
+    eval_fn = jax.jit(functools.partial(eval_step, recipe))
+
+    resumed = checkpoints.latest_step is not None
+    state = checkpoints.restore(abstract) if resumed else jax.jit(functools.partial(init_state, recipe))()
+    first = int(state.step)
+    if resumed:
+        reporter.note(f"resumed after step {first}")
+    batches = data.train_batches(train_source, recipe, first, **processes)
+    peak = peak_flops(mesh.devices.flat[0])
+    reporter.start(first, train_flops(recipe.model), None if peak is None else peak * mesh.size)
+    batch = place(next(batches))
+    for step in range(first + 1, recipe.total_steps + 1):
+        last = step == recipe.total_steps
+        state, metrics = train_fn(state, batch)
+        if not last:
+            with reporter.waiting_for_data():  # while the device computes
+                host_batch = next(batches)
+            batch = place(host_batch)
+        reporter.step(step, metrics)
+        stopping = checkpoints.preempted(step)
+        if last or step % recipe.run.eval_every_steps == 0:
+            reporter.flush()
+            with reporter.paused():
+                results = evaluate(eval_fn, state.eval_model, data.eval_batches(validation_source, recipe, **processes))
+                reporter.evaluation(step, results)
+        if last or stopping or step % recipe.run.checkpoint_every_steps == 0:
+            reporter.flush()  # a state that is not finite is never saved
+            with reporter.paused():
+                checkpoints.save(step, state)
+        if stopping:
+            reporter.note(f"stopped by a signal after step {step}; the same command goes on from there")
+            break
+    checkpoints.wait()
+
+
+def evaluate(eval_fn: Callable, model: ViT, batches: Iterator[dict]) -> dict[str, float]:
+    """Metrics over a whole validation set; `eval_fn(model, batch)` gives one batch's sums."""
+    sums: list[ClassificationSums] = [eval_fn(model, place(batch)) for batch in batches]
+    return functools.reduce(lambda a, b: a + b, sums).result()
+
+
+def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's part of a batch, put on its devices; the result is the global batch."""
+    placed = NamedSharding(get_mesh(), sharding.BATCH)
+    return {name: jax.make_array_from_process_local_data(placed, x) for name, x in batch.items()}

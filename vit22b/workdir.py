@@ -1,0 +1,75 @@
+"""A run's folder: the resolved recipe in recipe.json, and the rule that one folder holds one run."""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from vit22b.config import RESUMABLE, Recipe, RecipeError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets", "pillow")
+
+
+def open_workdir(workdir: Path, recipe: Recipe, fingerprints: dict[str, str]) -> None:
+    """Makes the folder for a new run, or checks that it holds this very run; notes the start in recipe.json.
+
+    `fingerprints` identify the data sets. Raises `RecipeError` naming the first field that differs.
+    """
+    path = workdir / "recipe.json"
+    identity = json.loads(json.dumps(recipe.flat() | {f"{k} fingerprint": v for k, v in fingerprints.items()}))
+    if path.exists():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        check_same_run(workdir, content["recipe"], identity)
+    else:
+        if workdir.exists() and any(workdir.iterdir()):
+            raise RecipeError(f"--workdir={workdir}: holds files but no recipe.json; give a new or empty folder")
+        workdir.mkdir(parents=True, exist_ok=True)
+        content = {"starts": []}
+    content["recipe"] = identity
+    content["starts"].append(describe_start())
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(path)  # a kill leaves the old file or the new one
+
+
+def check_same_run(workdir: Path, old: dict[str, object], new: dict[str, object]) -> None:
+    """Raises `RecipeError` unless the recipes agree in all that decides a run's result."""
+    for name in sorted(old.keys() | new.keys()):
+        before, now = old.get(name), new.get(name)
+        if before != now and not name.startswith(RESUMABLE):
+            raise RecipeError(
+                f"--workdir={workdir}: holds another run, with {name}={before!r}, not {now!r}; "
+                "give another --workdir, or the recipe it was started with"
+            )
+
+
+def describe_start() -> dict[str, object]:
+    """When, with which command, code, versions and devices a run is started."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        **git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def git_commit() -> dict[str, object]:
+    """The checkout's commit and whether files differ from it; None outside git."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {"commit": git("rev-parse", "HEAD"), "modified": None if status is None else bool(status)}
