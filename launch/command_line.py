@@ -12,42 +12,62 @@ from vit22b.config import Recipe, RecipeError
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
+TYPES = {bool: "true or false", int: "an integer", float: "a number", str: "a text", list: "numbers, as '(1,2,3)'"}
+
+
 def parse(argv: list[str]) -> tuple[Recipe, Path | None]:
     """The recipe with its overrides, and `--workdir` if given; `argv[0]` is the program.
 
     Raises `RecipeError` naming the flag, its value and what would work.
     """
-    overridden = [match[1] for match in (re.match(r"--?(?:no)?config\.([^=]+)", arg) for arg in argv) if match]
+    is_override = re.compile(r"--?(?:no)?config\.([^=]+)")
     # Once without the overrides, to know the fields there are; then with them.
-    plain = read([arg for arg in argv if not re.match(r"--?(?:no)?config\.", arg)], strict=False)
-    recipe = plain.config
-    if not isinstance(recipe, Recipe):
+    plain = read([arg for arg in argv if not is_override.match(arg)], known_only=True)
+    if not isinstance(plain.config, Recipe):
+        given = plain["config"].config_filename if plain["config"].present else ""
         known = ", ".join(f"recipes/{path.name}" for path in sorted(RECIPES.glob("*.py")))
-        raise RecipeError(
-            f"--config={plain['config'].value and plain['config'].config_filename}: no such recipe; there are {known}"
-        )
-    fields = recipe.flat()
+        raise RecipeError(f"--config={given}: no such recipe; there are {known}")
+    fields = plain.config.flat()
+    overridden = {match[1]: arg for arg in argv if (match := is_override.match(arg))}
     for name in overridden:
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=3, cutoff=0.4)
             raise RecipeError(f"--config.{name}: no such field; the closest are {', '.join(close) or 'none'}")
-    values = read(argv, strict=True)
+    try:
+        values = read(argv, known_only=False)
+    except flags.IllegalFlagValueError as error:
+        name = next(name for name in overridden if f"config.{name}=" in str(error))
+        needed, now = TYPES[type(fields[name])], fields[name]
+        raise RecipeError(f"{overridden[name]}: needs {needed}; the recipe has {now!r}") from error
     return values.config, Path(values.workdir) if values.workdir else None
 
 
-def read(argv: list[str], strict: bool) -> flags.FlagValues:
-    """The flags in `argv`; unless `strict`, words that are no flags are passed over."""
+def read(argv: list[str], known_only: bool) -> flags.FlagValues:
+    """The flags in `argv`; with `known_only`, other words are passed over. Raises as `parse` does."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "recipe file, with ':ARG' where it takes one", values, lock_config=False, sys_argv=argv
     )
     flags.DEFINE_string("workdir", None, "folder of the run; default: runs/NAME, with the recipe's name", values)
     try:
-        rest = values(argv, known_only=not strict)
-    except RecipeError:
-        raise
-    except flags.Error as error:
-        raise RecipeError(" ".join(str(error).split())) from error
-    if strict and len(rest) > 1:
+        rest = values(argv, known_only=known_only)
+    except flags.IllegalFlagValueError as error:
+        if "--config." in str(error) or "flag config." in str(error):
+            raise
+        raise RecipeError(cause(error)) from error
+    except (flags.Error, ValueError) as error:
+        raise RecipeError(cause(error)) from error
+    if not known_only and len(rest) > 1:
         raise RecipeError(f"{rest[1]}: not a flag; a field is given as --config.FIELD=VALUE")
     return values
+
+
+def cause(error: BaseException) -> str:
+    """The line that says what is wrong: a `RecipeError` below absl's and ml_collections' own errors, or theirs."""
+    line = " ".join(str(error).split())
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, RecipeError) and "\n" not in str(below):
+            line = str(below)
+        below = below.__context__
+    return line

@@ -60,6 +60,9 @@ def on_a_cluster() -> bool:
 
 
 def main() -> int:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__, "vit22b/config.py lists the fields, recipes/ holds the recipes.", sep="\n")
+        return 0
     try:
         recipe, workdir = parse(sys.argv)
         if on_a_cluster():

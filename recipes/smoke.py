@@ -11,15 +11,33 @@ from vit22b.config import DataConfig, LossConfig, ModelConfig, OptimConfig, Reci
 def get_config() -> Recipe:
     return Recipe(
         name="smoke",
-        total_steps=800,
+        total_steps=600,
         batch_size=128,
         model=ModelConfig(
-            width=96, depth=4, mlp_dim=384, num_heads=3, num_classes=10, image_size=8, patch_size=2, matmul="fp32"
+            width=96,
+            depth=4,
+            mlp_dim=384,
+            num_heads=3,
+            num_classes=10,
+            image_size=8,
+            patch_size=2,
+            position="sincos",
+            init="mimetic",
+            matmul="fp32",
         ),
         loss=LossConfig(kind="softmax"),
         optim=OptimConfig(
-            learning_rate=1e-3, schedule="cosine", warmup_steps=80, weight_decay=0.1, head_weight_decay=0.1, beta2=0.99
+            name="muon",
+            learning_rate=2e-3,
+            schedule="cosine",
+            warmup_steps=60,
+            weight_decay=0.1,
+            head_weight_decay=0.1,
+            beta1=0.95,
+            beta2=0.99,
         ),
-        data=DataConfig(train="digits", validation="digits", crop="shift", flip=False, eval_crop_fraction=1.0),
+        data=DataConfig(
+            train="digits", validation="digits", crop="shift", flip=False, eval_crop_fraction=1.0, threads=1
+        ),
         run=RunConfig(log_every_steps=20, eval_every_steps=200, checkpoint_every_steps=200),
     )

@@ -1,4 +1,4 @@
-"""What all tests share: eight simulated CPU devices, and a factory of meshes on them."""
+"""What all tests share: eight simulated CPU devices, meshes on them, and parameters by name."""
 
 import contextlib
 import math
@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
+import jax
+import pytest
+from jax.sharding import Mesh
 
-from vit22b.sharding import make_mesh  # noqa: E402
+from vit22b.config import ModelConfig
+from vit22b.model import ViT
+from vit22b.sharding import make_mesh
 
 # A device that has reached a collective holds a thread until all the others have. Dispatched asynchronously,
 # two programs can run at once and, with fewer threads than devices, each wait forever for threads of the other.
@@ -33,3 +35,14 @@ def mesh() -> MeshFactory:
             yield m
 
     return on_mesh
+
+
+def named(tree) -> dict:
+    """A model's parameters, or what has their structure, by the path of attributes: 'blocks/attention/query'."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path[:-1], simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def abstract_model(config: ModelConfig) -> ViT:
+    """Shapes and shardings on the mesh in force, which may be abstract."""
+    return jax.eval_shape(lambda: ViT(config, jax.random.key(0)))

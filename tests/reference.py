@@ -91,23 +91,38 @@ def attention(
     config: ModelConfig, w: Weights, x: np.ndarray, context: np.ndarray, qk_norm: str, turns: np.ndarray | None
 ) -> np.ndarray:
     """softmax(q k^T / sqrt(H)) v per head, of x's tokens (T, D) over the context's (S, D)."""
-    q, k, v = x @ w["query"], context @ w["key"], context @ w["value"]
+    v = context @ w["value"] + (w["value_bias"] if config.qkv_bias else 0)
+    weights = attention_weights(config, w, x, context, qk_norm, turns)
+    heads = [weights[head] @ v[:, dims] for head, dims in enumerate(head_dims(config))]
+    y = np.concatenate(heads, axis=1) @ w["out"]
+    return y + w["out_bias"] if config.proj_bias else y
+
+
+def attention_weights(
+    config: ModelConfig, w: Weights, x: np.ndarray, context: np.ndarray, qk_norm: str, turns: np.ndarray | None = None
+) -> np.ndarray:
+    """softmax(q k^T / sqrt(H)): (N, T, S)."""
+    q, k = x @ w["query"], context @ w["key"]
     if config.qkv_bias:
-        q, k, v = q + w["query_bias"], k + w["key_bias"], v + w["value_bias"]
+        q, k = q + w["query_bias"], k + w["key_bias"]
     if qk_norm == "width":
         q, k = norm(config, below(w, "query_norm"), q), norm(config, below(w, "key_norm"), k)
-    size, heads = config.head_dim, []
-    for head in range(config.num_heads):
-        dims = slice(head * size, (head + 1) * size)
-        q_h, k_h, v_h = q[:, dims], k[:, dims], v[:, dims]
+    heads = []
+    for dims in head_dims(config):
+        q_h, k_h = q[:, dims], k[:, dims]
         if qk_norm == "head":
             q_h, k_h = norm(config, below(w, "query_norm"), q_h), norm(config, below(w, "key_norm"), k_h)
         if turns is not None:
             q_h, k_h = turned(q_h, turns), turned(k_h, turns)
-        weights = np.exp(q_h @ k_h.T / math.sqrt(size))
-        heads.append(weights / weights.sum(axis=1, keepdims=True) @ v_h)
-    y = np.concatenate(heads, axis=1) @ w["out"]
-    return y + w["out_bias"] if config.proj_bias else y
+        weights = np.exp(q_h @ k_h.T / math.sqrt(config.head_dim))
+        heads.append(weights / weights.sum(axis=1, keepdims=True))
+    return np.stack(heads)
+
+
+def head_dims(config: ModelConfig) -> list[slice]:
+    """Heads are consecutive dims of queries, keys and values."""
+    size = config.width // config.num_heads
+    return [slice(i * size, (i + 1) * size) for i in range(config.num_heads)]
 
 
 def mlp(config: ModelConfig, w: Weights, x: np.ndarray) -> np.ndarray:
@@ -140,7 +155,7 @@ def sincos(width: int, row: int, column: int) -> np.ndarray:
 
 
 def rope_turn(config: ModelConfig, grid: tuple[int, int], place: tuple[int, int]) -> np.ndarray:
-    """DINOv3: the unit complex numbers (H/2,) by which a patch's dims (d, d + H/2) turn: first by row, then by column."""
+    """DINOv3: the unit complex numbers (H/2,) by which a patch's pairs of dims turn: by its row, then by its column."""
     angles = []
     for i, n in zip(place, grid, strict=True):
         centre = (i + 0.5) / n * 2 - 1  # in [-1, 1]

@@ -64,16 +64,17 @@ def open_sources(recipe: Recipe) -> tuple[Source, Source]:
         for split, name in names.items()
     )
     for split, source in (("train", train), ("validation", validation)):
-        check(len(source) > 0, f"data.{split}", repr(source.name), "has no images")
-        check(source.num_classes <= model.num_classes, "model.num_classes", model.num_classes,
-              f"data.{split}={source.name!r} has {source.num_classes} classes; give at least as many")  # fmt: skip
-    field, value = "data.validation", repr(validation.name)
+        source.request.check(len(source) > 0, "has no images")
+        found = f"data.{split}={source.name!r} has {source.num_classes} classes"
+        ok = source.num_classes <= model.num_classes
+        check(ok, "model.num_classes", model.num_classes, f"{found}; give at least as many")
     # Labels follow from the sorted folder names: a missing class would silently renumber those after it.
     differ = sorted(set(train.class_names) ^ set(validation.class_names))
-    check(not (train.class_names and validation.class_names and differ), field, value,
-          f"class folders differ from data.train's in {', '.join(differ[:3])}; make empty ones if need be")  # fmt: skip
+    ok = not (train.class_names and validation.class_names and differ)
+    few = ", ".join(differ[:3])
+    validation.request.check(ok, f"class folders differ from data.train's in {few}; make empty ones if need be")
     same = names["train"] == names["validation"] and train.fingerprint() == validation.fingerprint()
-    check(not same, field, value, "is the very set of data.train; name another file or folder, or a split")
+    validation.request.check(not same, "is the very set of data.train; name another file or folder, or a split")
     return train, validation
 
 
@@ -102,8 +103,8 @@ def eval_batches(source: Source, recipe: Recipe, process_index: int, process_cou
 def local_batch_size(recipe: Recipe, process_count: int) -> int:
     """Images per process and step; raises `RecipeError` if `batch_size` is no multiple of the processes."""
     size = recipe.batch_size
-    check(size % process_count == 0, "batch_size", size, f"must be a multiple of the {process_count} processes; "
-          f"try {math.ceil(size / process_count) * process_count}")  # fmt: skip
+    fits = math.ceil(size / process_count) * process_count
+    check(size == fits, "batch_size", size, f"must be a multiple of the {process_count} processes; try {fits}")
     return size // process_count
 
 

@@ -171,11 +171,14 @@ class Attention(Branch):
 def dot_product_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, implementation: str) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v per head, softmax in fp32; heads and batch stay where they are.
 
-    `implementation`: 'xla', 'cudnn' (fused, bf16, H a multiple of 8), or 'auto': cuDNN where it applies.
+    `implementation`: 'xla', 'cudnn' (fused, bf16, H a multiple of 8), or 'auto': cuDNN on GPUs. A single query, as
+    in attention pooling, always goes to XLA: cuDNN cannot differentiate it.
     """
+    single, head_dim = q_BTNH.shape[1] == 1, q_BTNH.shape[-1]
     if implementation == "auto":
-        fits = q_BTNH.dtype == jnp.bfloat16 and q_BTNH.shape[-1] % 8 == 0 and q_BTNH.shape[-1] <= 128
+        fits = q_BTNH.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
         implementation = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+    implementation = "xla" if single else implementation
     attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
     # cuDNN's custom partitioning does not know Explicit axes; within shard_map there is nothing to partition.
     return jax.shard_map(attend, in_specs=(HEADS,) * 3, out_specs=HEADS, check_vma=False)(q_BTNH, k_BSNH, v_BSNH)

@@ -51,8 +51,9 @@ def classification_sums(
 ) -> ClassificationSums:
     """Sums over the examples of a batch whose mask is 1.
 
-    Top-k counts a label with fewer than k classes ahead; of equal logits the lower index is ahead. Confidence is the winner's probability: softmax, or with the
-    sigmoid loss its own sigmoid. Calibration error: 15 bins of equal width [Guo 2017, section 3].
+    Top-k counts a label with fewer than k classes ahead; of equal logits the lower index is ahead. Confidence is
+    the winner's probability: softmax, or with the sigmoid loss its own sigmoid.
+    Calibration error: 15 bins of equal width [Guo 2017, section 3].
     """
     targets_BC = jax.nn.one_hot(labels_B, logits_BC.shape[1])
     label_logit_B = jnp.sum(logits_BC * targets_BC, axis=-1)

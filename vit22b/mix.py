@@ -50,7 +50,7 @@ def blend(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def outside_box(key: jax.Array, alpha: float, count: int, size: int) -> jax.Array:
-    """Cutmix masks (count, size, size), True outside a box with a Beta(a, a) share of the area, clipped at the border."""
+    """Cutmix masks (count, size, size): True outside a box of Beta(a, a) times the area, cut at the border."""
     share_key, centre_key = jax.random.split(key)
     side = size * jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha, (count,)))
     centres = jax.random.uniform(centre_key, (2, count), maxval=size)

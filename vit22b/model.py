@@ -50,7 +50,7 @@ class Output(NamedTuple):
 
 
 class Block(nnx.Module):
-    """One layer. Parallel [Dehghani 2023, section 2]: x + Attn(norm x) + MLP(norm x); sequential: one, then the other."""
+    """A layer. Parallel [Dehghani 2023, section 2]: x + Attn(norm x) + MLP(norm x); sequential: in turn."""
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         attention_key, mlp_key = jax.random.split(key)

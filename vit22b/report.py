@@ -43,9 +43,14 @@ class Reporter:
         self._window_start = time.perf_counter()
         if self._writes:
             self._bar = tqdm.tqdm(
-                total=self._recipe.total_steps, initial=first_step, desc=self._recipe.name, unit="step",
-                dynamic_ncols=True, disable=not sys.stderr.isatty(), smoothing=0.1,
-            )  # fmt: skip
+                total=self._recipe.total_steps,
+                initial=first_step,
+                desc=self._recipe.name,
+                unit="step",
+                dynamic_ncols=True,
+                disable=not sys.stderr.isatty(),
+                smoothing=0.1,
+            )
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:

@@ -28,9 +28,13 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
     if shape.count(-1) > 1 or any(n < 1 and n != -1 for n in shape):
         raise RecipeError(f"mesh={text}: each axis must be at least 1, and at most one may be -1 (all that remain)")
     known = int(np.prod([n for n in shape if n != -1]))
-    check(num_devices % known == 0 and (-1 in shape or known == num_devices), "mesh", text,
-          f"does not fill {num_devices} device(s); the product must be {num_devices}, "
-          "for example with --config.mesh.replica=1 --config.mesh.data=-1 --config.mesh.model=1")  # fmt: skip
+    check(
+        num_devices % known == 0 and (-1 in shape or known == num_devices),
+        "mesh",
+        text,
+        f"does not fill {num_devices} device(s); the product must be {num_devices}, "
+        "for example with --config.mesh.replica=1 --config.mesh.data=-1 --config.mesh.model=1",
+    )
     replica, data, model = (num_devices // known if n == -1 else n for n in shape)
     return replica, data, model
 
@@ -42,15 +46,23 @@ def check_divisibility(recipe: Recipe, shape: tuple[int, int, int]) -> None:
     what = f"mesh.replica={replica} x mesh.data={data} x optim.accumulate_steps={recipe.optim.accumulate_steps}"
     if recipe.data.mixup or recipe.data.cutmix:  # mixed in neighbouring pairs, which must share a device
         shards, what = shards * 2, what + " x 2 (mixup and cutmix pair neighbours)"
-    check(batch % shards == 0, "batch_size", batch,
-          f"must be a multiple of {shards} = {what}; try {max(batch // shards, 1) * shards}")  # fmt: skip
+    check(
+        batch % shards == 0,
+        "batch_size",
+        batch,
+        f"must be a multiple of {shards} = {what}; try {max(batch // shards, 1) * shards}",
+    )
     config = recipe.model
     for axis, count, fields in (("data", data, ("width",)), ("model", model, ("width", "num_heads", "mlp_dim"))):
         for field in fields:
             value = getattr(config, field)
             fitting = [n for n in range(1, count + 1) if value % n == 0]
-            check(value % count == 0, f"mesh.{axis}", count,
-                  f"must divide model.{field}={value}; the largest that does: {fitting[-1]}")  # fmt: skip
+            check(
+                value % count == 0,
+                f"mesh.{axis}",
+                count,
+                f"must divide model.{field}={value}; the largest that does: {fitting[-1]}",
+            )
 
 
 def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:

@@ -108,9 +108,13 @@ def open_source(spec: str, default_split: str, *, image_size: int, num_classes: 
     `default_split`, 'train' or 'validation', is the split if `spec` names none, and the recipe's field in errors.
     `image_size` and `num_classes` shape the synthetic images only. Raises `RecipeError`.
     """
-    synthetic = functools.partial(_synthetic, image_size, num_classes)
     kinds: dict[str, Callable[[Request], Source]] = {
-        "digits": _digits, "synthetic": synthetic, "npz": _npz, "folder": _folder, "tfds": _tfds}  # fmt: skip
+        "digits": _digits,
+        "synthetic": functools.partial(_synthetic, image_size, num_classes),
+        "npz": _npz,
+        "folder": _folder,
+        "tfds": _tfds,
+    }
     kind, _, rest = spec.partition(":")
     request = Request(spec, rest, default_split)
     request.check(kind in kinds, f"unknown kind of source {kind!r}; kinds: {', '.join(kinds)}{_closest(kind, kinds)}")
@@ -205,8 +209,8 @@ def _npz(request: Request) -> Source:
     else:
         images = data["images"]
         ok = images.dtype == np.uint8 and images.ndim in (3, 4) and images.shape[3:] in ((), (3,))
-        request.check(ok and len(images) == count, f"images are {images.dtype} {images.shape}; needs uint8 "
-                      f"(N, H, W, 3) or (N, H, W) with N={count}, as labels have")  # fmt: skip
+        wanted, got = f"uint8 ({count}, H, W, 3) or ({count}, H, W)", f"{images.dtype} {images.shape}"
+        request.check(ok and len(images) == count, f"images are {got}; needs {wanted}")
         read = functools.partial(_read_pixels, images[part], labels)
         identity = str(images.shape[1:]).encode() + labels.tobytes()
     return Source(request, len(labels), num_classes, read, identity)
@@ -282,14 +286,17 @@ def _tfds(request: Request) -> Source:
         close = _closest(name, tfds.list_builders(with_community_datasets=False))  # with them it imports TensorFlow
         raise request.error(str(e).splitlines()[0].rstrip(".") + close) from e
     ready = builder.is_prepared() and "array_record" in {f.value for f in builder.info.available_file_formats()}
-    request.check(ready, f"not prepared as array_record in {builder.data_path}; once, on any machine: pip install "
-                  f"tensorflow-cpu tensorflow-datasets && tfds build {name} --file_format=array_record; then set "
-                  "TFDS_DATA_DIR to where it is, if not ~/tensorflow_datasets")  # fmt: skip
+    request.check(
+        ready,
+        f"not prepared as array_record in {builder.data_path}; once, on any machine: pip install "
+        f"tensorflow-cpu tensorflow-datasets && tfds build {name} --file_format=array_record; then set "
+        "TFDS_DATA_DIR to where it is, if not ~/tensorflow_datasets",
+    )
     info = builder.info
     image_key, label_key = (info.supervised_keys or ("image", "label"))[:2]
     features = {key: type(info.features[key]).__name__ for key in info.features}
-    request.check({(image_key, "Image"), (label_key, "ClassLabel")} <= features.items(),
-                  f"not images with one label each; its features: {features}")  # fmt: skip
+    ok = {(image_key, "Image"), (label_key, "ClassLabel")} <= features.items()
+    request.check(ok, f"not images with one label each; its features: {features}")
     if split is None:
         test = request.default_split == "validation" and "validation" not in info.splits
         split = "test" if test else request.default_split

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from clu.parameter_overview import get_parameter_overview
 from jax.sharding import NamedSharding, get_mesh
 
 from vit22b import data, sharding
-from vit22b.checkpoint import Checkpoints
+from vit22b.checkpoint import Checkpoints, named_leaves
 from vit22b.config import Recipe
 from vit22b.flops import peak_flops, train_flops
 from vit22b.memory import check_step_memory
@@ -35,6 +36,7 @@ def train(recipe: Recipe, sources: tuple, checkpoints: Checkpoints, reporter: Re
     abstract = sharding.concrete(abstract_state(recipe), mesh)
     start = time.perf_counter()
     train_fn = compile_train_step(recipe, abstract)
+    reporter.note(get_parameter_overview(named_leaves(abstract.model), include_stats=False), on_terminal=False)
     reporter.note(f"compiled the train step in {time.perf_counter() - start:.1f} s")
     check_step_memory(recipe, train_fn, mesh)
     eval_fn = jax.jit(functools.partial(eval_step, recipe))

@@ -1,0 +1,116 @@
+"""Every mechanism at width 64: four small runs on handwritten digits, which together take every choice there is.
+
+Not for accuracy: a change that breaks a mechanism should break one of these runs. `debug.py:NAME` takes 'parallel'
+(the default; ViT-22B's block, with all it can be combined with), 'sequential' (DeiT III's), 'gated' or 'plain'.
+
+Source: none.
+Command: XLA_FLAGS=--xla_force_host_platform_device_count=8 python launch/tpu.py --config recipes/debug.py
+    Without XLA_FLAGS it runs on the devices there are; add --config.mesh.model=2 for tensor parallelism.
+"""
+
+from typing import Any
+
+from vit22b.config import (
+    DataConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    RunConfig,
+    check_choice,
+)
+
+STEPS = 60
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "parallel": {
+        "model": {
+            "position": "rope",
+            "class_token": True,
+            "num_registers": 2,
+            "layer_scale": 0.5,
+            "stochastic_depth": 0.1,
+            "init": "mimetic",
+            "remat": "full",
+        },
+        "loss": {"label_smoothing": 0.1, "z_loss": 1e-4},
+        "optim": {
+            "name": "adafactor",
+            "schedule": "rsqrt",
+            "cooldown_steps": 20,
+            "timescale_steps": 20,
+            "momentum_dtype": "bf16",
+            "accumulate_steps": 2,
+            "ema_decay": 0.9,
+        },
+        "data": {
+            "crop": "shift",
+            "flip": False,
+            "augment": "randaugment",
+            "randaugment_layers": 1,
+            "randaugment_magnitude": 3,
+            "random_erasing": 0.1,
+            "mixup": 0.1,
+            "cutmix": 0.1,
+        },
+    },
+    "sequential": {
+        "model": {
+            "block": "sequential",
+            "norm": "layer",
+            "norm_bias": True,
+            "qk_norm": "width",
+            "qkv_bias": True,
+            "proj_bias": True,
+            "mlp": "gelu",
+            "layer_scale": 0.5,
+            "class_token": True,
+            "pool": "cls",
+            "head_bias": -2.0,
+            "matmul": "fp32",
+            "fused": False,
+            "attention": "xla",
+            "remat": "dots",
+        },
+        "loss": {"kind": "sigmoid"},
+        "optim": {"schedule": "cosine", "final_fraction": 0.1},
+        "data": {"crop": "inception", "min_area": 0.8, "augment": "three_augment", "workers": 1},
+    },
+    "gated": {
+        "model": {
+            "init": "truncated_normal",
+            "mlp": "swiglu",
+            "mlp_bias": False,
+            "qk_norm": "none",
+            "position": "sincos",
+            "pool": "gap",
+            "remat": "attention",
+            "scan_unroll": 4,
+        },
+        "optim": {"name": "muon", "schedule": "wsd", "cooldown_steps": 20},
+        "data": {"crop": "resize"},
+    },
+    "plain": {
+        "model": {"position": "none", "qk_norm": "none"},
+        "optim": {"schedule": "constant", "weight_decay": 0.0, "head_weight_decay": 0.0, "clip_norm": 0.0},
+        "data": {"crop": "resize", "flip": False},
+    },
+}
+
+
+def get_config(arg: str = "parallel") -> Recipe:
+    check_choice("debug.py", arg, tuple(VARIANTS))
+    changes = VARIANTS[arg]
+    model = {"width": 64, "depth": 4, "mlp_dim": 256, "num_heads": 2, "image_size": 8, "patch_size": 2}
+    optim = {"learning_rate": 5e-3, "warmup_steps": 10, "weight_decay": 0.1, "head_weight_decay": 0.1, "beta2": 0.99}
+    return Recipe(
+        name=f"debug_{arg}",
+        total_steps=STEPS,
+        batch_size=64,
+        model=ModelConfig(**{**model, "num_classes": 10, **changes["model"]}),
+        loss=LossConfig(**changes.get("loss", {})),
+        optim=OptimConfig(**{**optim, **changes["optim"]}),
+        data=DataConfig(**{"train": "digits", "validation": "digits", "eval_crop_fraction": 1.0, **changes["data"]}),
+        mesh=MeshConfig(data=-1),
+        run=RunConfig(log_every_steps=20, eval_every_steps=30, checkpoint_every_steps=30),
+    )
