@@ -25,8 +25,11 @@ from vit22b.train import train
 from vit22b.workdir import open_workdir
 
 
-def run(recipe: Recipe, workdir: Path) -> None:
-    """Checks everything that can be checked, then trains. Raises `RecipeError` for what the user can mend."""
+def run(recipe: Recipe, workdir: Path) -> int:
+    """Checks everything that can be checked, then trains. Returns the exit status: 0, or 128 + a signal's number.
+
+    Raises `RecipeError` for what the user can mend and FloatingPointError where training diverged.
+    """
     recipe.validate()
     devices = jax.devices()
     check_state_memory(recipe, devices)
@@ -39,17 +42,21 @@ def run(recipe: Recipe, workdir: Path) -> None:
     reporter = Reporter(recipe, workdir)
     if checkpoints.latest_step == recipe.total_steps:
         reporter.note(f"{recipe.name}: complete after {recipe.total_steps} steps; results in {workdir}")
-        return
-    checkpoints.stop_on(signal.SIGTERM, signal.SIGINT)
+        reporter.close()
+        return 0
     reporter.note(
         f"{recipe.name}: {len(devices)} x {devices[0].device_kind}, mesh "
         + " x ".join(f"{axis} {count}" for axis, count in zip(sharding.AXES, shape, strict=True))
     )
     try:
-        with jax.set_mesh(sharding.make_mesh(shape, devices)):
+        with (
+            checkpoints.stopping_on(signal.SIGTERM, signal.SIGINT),
+            jax.set_mesh(sharding.make_mesh(shape, devices)),
+        ):
             train(recipe, sources, checkpoints, reporter)
     finally:
         reporter.close()
+    return 0 if checkpoints.signal is None else 128 + checkpoints.signal
 
 
 def on_a_cluster() -> bool:
@@ -67,11 +74,10 @@ def main() -> int:
         recipe, workdir = parse(sys.argv)
         if on_a_cluster():
             jax.distributed.initialize()
-        run(recipe, workdir or Path("runs") / recipe.name)
+        return run(recipe, workdir or Path("runs") / recipe.name)
     except (RecipeError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -39,5 +39,5 @@ def get_config() -> Recipe:
         data=DataConfig(
             train="digits", validation="digits", crop="shift", flip=False, eval_crop_fraction=1.0, threads=1
         ),
-        run=RunConfig(log_every_steps=20, eval_every_steps=200, checkpoint_every_steps=200),
+        run=RunConfig(log_every_steps=20, eval_every_steps=50, checkpoint_every_steps=200),
     )

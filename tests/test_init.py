@@ -16,15 +16,17 @@ from vit22b.model import ViT
 
 CONFIG = ModelConfig(
     width=64, depth=2, mlp_dim=256, num_heads=4, num_classes=8, image_size=32, patch_size=4, init="mimetic",
-    head_bias=-10.0, layer_scale=0.1, norm_bias=True, qkv_bias=True, proj_bias=True, num_registers=4,
+    head_bias=-10.0, layer_scale=0.125, norm_bias=True, qkv_bias=True, proj_bias=True, num_registers=4,
 )  # fmt: skip
 PLAIN = {"block": "sequential", "fused": False, "qk_norm": "none"}
 
 
 @functools.cache
 def initial(mesh: MeshFactory, config: ModelConfig, shape: tuple[int, int, int] = (1, 1, 1)) -> dict[str, np.ndarray]:
+    """All parameters of a model created on a mesh of that shape."""
     with mesh(*shape):
-        return {name: np.asarray(leaf) for name, leaf in named(jax.jit(lambda key: ViT(config, key))(jax.random.key(7))).items()}
+        model = jax.jit(lambda key: ViT(config, key))(jax.random.key(7))
+        return {name: np.asarray(leaf) for name, leaf in named(model).items()}
 
 
 def by_head(kernel: np.ndarray, num_heads: int) -> np.ndarray:
@@ -52,8 +54,8 @@ def test_each_heads_query_key_product_is_the_best_approximation_of_its_rank(monk
 
 
 def assert_noise_around_identity(products: np.ndarray, noise: float, identity: float) -> None:
-    """Matrices (M, D, D) have N(0, noise^2 / D) entries, on the diagonal with the mean `identity`; 4 standard errors."""
-    count, width = products.shape[:2]
+    """Matrices (M, D, D) have N(0, noise^2 / D) entries, around `identity` on the diagonal; to 4 standard errors."""
+    width = products.shape[-1]
     std = noise / math.sqrt(width)
     on, off = products[:, np.eye(width, dtype=bool)], products[:, ~np.eye(width, dtype=bool)]
     assert abs(on.mean() - identity) < 4 * std / math.sqrt(on.size)
@@ -98,19 +100,56 @@ def test_mimetic_kernels_do_not_depend_on_block_fusion_or_qk_norm(mesh: MeshFact
         np.testing.assert_array_equal(one[path], other[path])
 
 
-@pytest.mark.parametrize("changes", [{}, PLAIN], ids=["parallel, QK-norm", "sequential, none"])
-def test_mimetic_tokens_attend_to_themselves_and_their_neighbours(changes: dict, mesh: MeshFactory) -> None:
+@pytest.mark.parametrize("changes", [{}, PLAIN], ids=["QK-norm", "no QK-norm"])
+def test_mimetic_heads_attend_to_where_they_are_and_near_it(changes: dict, mesh: MeshFactory) -> None:
     config = dataclasses.replace(CONFIG, **changes)
-    w = reference.below(initial(mesh, config), "blocks")
-    places = [(row, column) for row in range(8) for column in range(8)]
-    positions = np.stack([reference.sincos(config.width, *place) for place in places])
-    distance = np.abs(np.subtract.outer(places, places)[:, [0, 1], :, [0, 1]]).sum(axis=0)
+    blocks = reference.below(initial(mesh, config), "blocks")
+    places = np.array([(row, column) for row in range(8) for column in range(8)])
+    distance = np.abs(places[:, None] - places).sum(axis=2)
     for layer in range(config.depth):
-        w_layer = {name: value[layer] for name, value in w.items()}
-        x = reference.norm(config, reference.below(w_layer, "norm"), positions)
-        weights = reference.attention_weights(config, reference.below(w_layer, "attention"), x, x, config.qk_norm)
-        mean = [weights[:, distance == d].mean(axis=1) for d in (0, 1, 7)]
-        print(mean, 1/64)
-        assert np.all(mean[0] > 1.5 / 64), layer  # in every head
-        assert np.all(mean[0] > mean[1])
-        assert np.all(mean[1] > mean[2])
+        w = {name: value[layer] for name, value in blocks.items()}
+        x = np.stack([reference.sincos(config.width, *place) for place in places])
+        x = reference.norm(config, reference.below(w, "norm"), x)
+        weights = reference.attention_weights(config, reference.below(w, "attention"), x, x, config.qk_norm)
+        here, beside, far = (weights[:, distance == d].mean(axis=1) for d in (0, 1, 7))
+        assert np.all((here > beside) & (beside > 1.2 / 64) & (far < 1 / 64)), layer  # in every head
+
+
+TRUNCATED = 0.87962566  # standard deviation of a standard normal cut at 2
+
+
+def assert_bounded(value: np.ndarray, bound: float, std: float) -> None:
+    """No value beyond the bound, some of many close to it, and the standard deviation to 5 %."""
+    assert 0.97 * bound < np.abs(value).max() <= bound
+    assert value.std() == pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["xavier", "truncated_normal", "mimetic"])
+def test_every_parameter_starts_as_documented(kind: str, mesh: MeshFactory) -> None:
+    w = dict(initial(mesh, dataclasses.replace(CONFIG, init=kind)))
+    assert_bounded(w.pop("patch_kernel"), 2 / math.sqrt(48), TRUNCATED / math.sqrt(48))  # 48 = 3 x 4 x 4
+    assert w.pop("position").std() == pytest.approx(1 / 8, rel=0.05)
+    assert w.pop("prefix").std() == pytest.approx(0.02, rel=0.2)  # of 256 values
+    probe = w.pop("map_head/probe")
+    assert 0.8 * math.sqrt(6 / 65) < np.abs(probe).max() <= math.sqrt(6 / 65)
+    for branch, names in [("attention", ("query", "key", "value", "out")), ("mlp", ("up", "out"))]:
+        for name in names:
+            kernels = [w.pop(f"{module}/{branch}/{name}") for module in ("blocks", "map_head")]
+            if kind == "truncated_normal":
+                assert_bounded(kernels[0], 0.04, 0.02 * TRUNCATED)
+                assert_bounded(kernels[1], 0.04, 0.02 * TRUNCATED)
+            elif kind == "xavier" or branch == "mlp":
+                limit = math.sqrt(6 / (64 + 64 if branch == "attention" else 64 + 256))
+                assert_bounded(kernels[0], limit, limit / math.sqrt(3))
+                assert_bounded(kernels[1], limit, limit / math.sqrt(3))
+    constants = {"head_kernel": 0.0, "head_bias": -10.0, "blocks/attention/scale": 0.125, "blocks/mlp/scale": 0.125}
+    for name, value in w.items():
+        np.testing.assert_array_equal(value, constants.get(name, name.endswith("norm/scale")), name)
+
+
+@pytest.mark.parametrize("kind", ["xavier", "truncated_normal", "mimetic"])
+def test_eight_devices_start_bitwise_as_one(kind: str, mesh: MeshFactory) -> None:
+    config = dataclasses.replace(CONFIG, init=kind)
+    one, eight = initial(mesh, config), initial(mesh, config, (2, 2, 2))
+    for name, value in one.items():
+        np.testing.assert_array_equal(eight[name], value, name)

@@ -14,12 +14,12 @@ import reference
 from conftest import MeshFactory, abstract_model, named
 from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 
-from vit22b.config import LADDER, SIZES, ModelConfig, size
+from vit22b.config import LADDER, SIZES, ModelConfig, RecipeError, size
 from vit22b.model import REMAT, Output, ViT
 from vit22b.sharding import BATCH, abstract_mesh, concrete
 
 TINY = ModelConfig(
-    width=32, depth=3, mlp_dim=64, num_heads=4, num_classes=10, image_size=12, patch_size=4, matmul="fp32"
+    width=32, depth=3, mlp_dim=64, num_heads=4, num_classes=10, image_size=12, patch_size=4, matmul="fp32", fused=True
 )
 BIASES = {"norm_bias": True, "qkv_bias": True, "proj_bias": True}
 CLASS = {"class_token": True, "pool": "cls"}
@@ -32,8 +32,15 @@ CONFIGS = {
         "internvit": {"block": "sequential", "qk_norm": "width", "layer_scale": 0.1, **CLASS},
         "deit3": DEIT | CLASS | {"mlp": "gelu", "layer_scale": 0.1, "num_registers": 2},
         "dinov3": DEIT | {"mlp": "swiglu", "position": "rope", "class_token": True, "num_registers": 3, "pool": "gap"},
-        "siglip": DEIT | {"position": "sincos", "num_registers": 1},
-        "vit5": {"mlp": "swiglu", "mlp_bias": False, "position": "rope", "rope_base": 50.0, "layer_scale": 0.2},
+        "siglip": DEIT | {"fused": False, "position": "sincos", "num_registers": 1},
+        "vit5": {
+            "fused": False,
+            "mlp": "swiglu",
+            "mlp_bias": False,
+            "layer_scale": 0.2,
+            "position": "rope",
+            "rope_base": 50.0,
+        },
         "mimetic": {"mlp": "gelu", "position": "sincos", "qkv_bias": True, "norm_bias": True, "pool": "gap"},
         "bag": {"norm": "layer", "norm_epsilon": 0.1, "qk_norm": "width", "proj_bias": True, "position": "none"},
     }.items()
@@ -183,8 +190,8 @@ def test_eight_devices_equal_one(config: ModelConfig, shape: tuple[int, int, int
 @pytest.mark.parametrize(
     "changes",
     [
-        {"scan_unroll": 2},
-        {"scan_unroll": 3},
+        {"scan_unroll": 2},  # does not divide the depth
+        {"scan_unroll": 3},  # no loop
         {"fused": False},
         *({"remat": name} for name in REMAT if name != "none"),
         {"remat": "full", "scan_unroll": 3},
@@ -227,6 +234,17 @@ def test_bf16_differs_by_rounding_and_dtypes_are_as_documented(config: ModelConf
         # A rounding to 8 bits is off by 0.1 % (RMS); some thirty in a row, in three layers, by 0.6 %.
         difference = getattr(actual.output, name).astype(np.float32) - value
         assert 5e-4 < np.linalg.norm(difference) / np.linalg.norm(value) < 0.02, name
+
+
+@pytest.mark.parametrize("layers", [(3,), (-1,), (1, 1)])
+def test_layers_that_cannot_be_returned_are_refused(layers: tuple[int, ...]) -> None:
+    with use_abstract_mesh(abstract_mesh((1, 1, 1))), pytest.raises(ValueError, match="layers"):
+        jax.eval_shape(lambda m: m(jnp.zeros((1, 12, 12, 3)), layers=layers), abstract_model(TINY))
+
+
+def test_an_unknown_remat_policy_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"model.remat='ful': choose one of none, full, dots, attention"):
+        dataclasses.replace(TINY, remat="ful").validate()
 
 
 def test_learned_positions_are_resampled_bicubically_with_aligned_borders(mesh: MeshFactory) -> None:

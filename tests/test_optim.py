@@ -144,9 +144,9 @@ def assert_updates_by_hand(
         ("adamw", "fp32", 1e-5),
         ("adafactor", "fp32", 1e-5),
         ("muon", "fp32", 1e-4),  # Newton-Schulz multiplies small singular values, and their rounding, by up to 3.4^5
-        # A momentum kept in 8 bits is off by up to 2^-9 of itself, after each of the four steps before the last.
-        ("adamw", "bf16", 4 * 2**-9),
-        ("adafactor", "bf16", 4 * 2**-9),
+        # In four steps before the last, 0.9, its product with the momentum, and the new momentum are rounded to 8 bits.
+        ("adamw", "bf16", 4 * 3 * 2**-9),
+        ("adafactor", "bf16", 4 * 3 * 2**-9),
     ],
 )
 def test_updates_equal_those_by_hand(name: str, momentum_dtype: str, tolerance: float, mesh: MeshFactory) -> None:

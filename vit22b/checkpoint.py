@@ -4,19 +4,16 @@ On disk an array's name is its path in the state ('model/blocks/attention/query'
 data position. Orbax writes into a temporary folder and renames it, so that a folder named by a step is whole.
 """
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
 
 from vit22b.config import Recipe, RecipeError
-
-
-def named_leaves(tree) -> dict[str, jax.Array]:
-    """{'model/blocks/norm/scale': array, ...} of any pytree, in its own order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+from vit22b.names import named_leaves
 
 
 class Checkpoints:
@@ -30,7 +27,7 @@ class Checkpoints:
                 max_to_keep=recipe.run.keep_checkpoints, enable_async_checkpointing=True, create=True
             ),
         )
-        self._signalled = False
+        self.signal: signal.Signals | None = None  # what asked this process to stop
 
     @property
     def latest_step(self) -> int | None:
@@ -61,21 +58,26 @@ class Checkpoints:
             )
         return jax.tree.unflatten(structure, [restored.state[name] for name in names])
 
-    def stop_on(self, *signals: signal.Signals) -> None:
-        """Makes these signals end training after the current step, with a checkpoint."""
-        for number in signals:
-            signal.signal(number, self._on_signal)
+    @contextlib.contextmanager
+    def stopping_on(self, *signals: signal.Signals) -> Iterator[None]:
+        """Within it, one of these signals ends training after the current step, with a checkpoint; two do at once."""
+        before = {number: signal.signal(number, self._on_signal) for number in signals}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _on_signal(self, number, frame) -> None:
-        if self._signalled:  # the second time means now
+    def _on_signal(self, number: int, frame) -> None:
+        if self.signal is not None:
             raise KeyboardInterrupt
-        self._signalled = True
+        self.signal = signal.Signals(number)
 
     def preempted(self, step: int) -> bool:
         """Whether to save and stop after `step`; all processes agree."""
         if jax.process_count() > 1:
             return self._manager.reached_preemption(step)
-        return self._signalled
+        return self.signal is not None
 
     def wait(self) -> None:
         """Returns once everything saved is on disk."""

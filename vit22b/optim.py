@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from vit22b.config import OptimConfig
+from vit22b.names import path_name
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 # The body's matrices; everything else there is a bias, a scale, a token or a position.
@@ -46,15 +47,9 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
     return learning_rate
 
 
-def leaf_name(path: tuple) -> str:
-    """The attribute that holds a parameter: 'query' of model.blocks.attention.query."""
-    names = [str(getattr(entry, "name", getattr(entry, "key", ""))) for entry in path]
-    return next(name for name in reversed(names) if name not in ("", "value"))
-
-
 def label(model, name_to_label: Callable[[str], object]):
-    """A tree like `model` with `name_to_label(parameter's name)` in the place of each parameter."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: name_to_label(leaf_name(path)), model)
+    """A tree like `model` with `name_to_label(name)` for each parameter, by the last part of its name."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: name_to_label(path_name(path).split("/")[-1]), model)
 
 
 def decay_rates(model, config: OptimConfig):

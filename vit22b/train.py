@@ -14,12 +14,13 @@ from clu.parameter_overview import get_parameter_overview
 from jax.sharding import NamedSharding, get_mesh
 
 from vit22b import data, sharding
-from vit22b.checkpoint import Checkpoints, named_leaves
+from vit22b.checkpoint import Checkpoints
 from vit22b.config import Recipe
 from vit22b.flops import peak_flops, train_flops
 from vit22b.memory import check_step_memory
 from vit22b.metrics import ClassificationSums
 from vit22b.model import ViT
+from vit22b.names import named_leaves
 from vit22b.report import Reporter
 from vit22b.step import abstract_state, compile_train_step, eval_step, init_state
 
@@ -71,6 +72,7 @@ def train(recipe: Recipe, sources: tuple, checkpoints: Checkpoints, reporter: Re
         if stopping:
             reporter.note(f"stopped by a signal after step {step}; the same command goes on from there")
             break
+    batches.close()
     checkpoints.wait()
 
 

@@ -1,0 +1,158 @@
+"""What a user types: overrides, mistakes answered in one line, and recipes that do not fit the machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from launch import tpu
+from launch.command_line import parse
+from vit22b import memory, sharding, step
+from vit22b.config import LADDER, ModelConfig, Recipe, RecipeError, size
+
+ROOT = Path(__file__).parent.parent
+SMOKE = str(ROOT / "recipes" / "smoke.py")
+
+
+def parsed(*args: str) -> Recipe:
+    return parse(["tpu.py", "--config", SMOKE, *args])[0]
+
+
+def other_value(value: object) -> tuple[str, object]:
+    """A value unlike `value` as text for the command line, and as the recipe then holds it."""
+    if isinstance(value, bool):
+        return str(not value).lower(), not value
+    if isinstance(value, int):
+        return str(value + 1), value + 1
+    if isinstance(value, float):
+        return str(value + 0.25), value + 0.25
+    if isinstance(value, list):
+        return str(tuple(v + 0.25 for v in value)), [v + 0.25 for v in value]
+    return f"{value}-other", f"{value}-other"
+
+
+@pytest.mark.parametrize("field", parsed().flat())
+def test_every_field_can_be_overridden_alone(field):
+    before = parsed().flat()
+    text, value = other_value(before[field])
+    assert parsed(f"--config.{field}={text}").flat() == before | {field: value}
+
+
+def test_workdir_is_given_by_a_flag():
+    assert parse(["tpu.py", "--config", SMOKE, "--workdir", "a/b"])[1] == Path("a/b")
+    assert parse(["tpu.py", "--config", SMOKE])[1] is None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config.model.depht=4"], "--config.model.depht: no such field; the closest are model.depth"),
+        (["--config.model.depth=four"], "--config.model.depth=four: needs an integer; the recipe has 4"),
+        (["--config.model.depth=1.5"], "--config.model.depth=1.5: needs an integer"),
+        (["--config.data.flip=maybe"], "--config.data.flip=maybe: needs true or false"),
+        (["--config.optim.learning_rate=high"], "--config.optim.learning_rate=high: needs a number"),
+        (["depth=4"], "depth=4: not a flag"),
+        (["--depth=4"], "'depth'"),
+        (["--config.model.depth=0"], "model.depth=0: must be at least 1"),
+        (["--config.model.block=serial"], "model.block='serial': choose one of parallel, sequential"),
+        (["--config.model.num_heads=5"], "model.num_heads=5: must divide model.width=96; nearest: 4, 6"),
+        (["--config.model.image_size=9"], "model.image_size=9: must be a multiple of model.patch_size=2; try 8 or 10"),
+        (["--config.model.pool=cls"], "needs --config.model.class_token=true"),
+        (["--config.data.mean=0.5"], "data.mean=(0.5,): needs three numbers"),
+        (["--config.data.train=digist"], "data.train='digist'"),
+        (["--config.data.train=folder:/nowhere"], "/nowhere does not exist"),
+        (["--config.seed=-1"], "seed=-1"),
+        (["--config.batch_size=100"], "batch_size=100: must be a multiple of 8 = mesh.replica=1 x mesh.data=8"),
+        (["--config.mesh.data=3"], "does not fill 8 device(s)"),
+        (["--config.mesh.model=8"], "mesh.model=8: must divide model.num_heads=3; the largest that does: 3"),
+        (["--config.mesh.model=-1"], "at most one may be -1"),
+        (["--config.optim.cooldown_steps=5"], "has no effect with optim.schedule='cosine'"),
+        (["--config.optim.warmup_steps=601"], "exceeds total_steps=600"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(args, message, tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        tpu.run(parsed(*args), tmp_path / "run")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_recipe_is_answered_with_those_there_are():
+    for argv in (["tpu.py"], ["tpu.py", "--config", "recipes/smok.py"]):
+        with pytest.raises(RecipeError, match=r"no such recipe; there are .*recipes/smoke\.py"):
+            parse(argv)
+
+
+def test_an_unknown_rung_is_answered_with_the_ladder():
+    with pytest.raises(RecipeError, match=r"size='23B': choose one of 0\.5M, .*22B"):
+        parse(["tpu.py", "--config", str(ROOT / "recipes" / "vit22b.py") + ":23B"])
+
+
+def test_an_empty_folder_is_answered_with_the_layout_expected(tmp_path):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(RecipeError, match=r"data\.train='folder:.*images'"):
+        tpu.run(parsed(f"--config.data.train=folder:{tmp_path / 'images'}"), tmp_path / "run")
+
+
+def test_the_22b_recipe_is_refused_before_allocating_with_sizes_that_fit(tmp_path):
+    recipe, _ = parse(["tpu.py", "--config", str(ROOT / "recipes" / "vit22b.py")])
+    live = len(jax.live_arrays())
+    with pytest.raises(RecipeError) as caught:
+        tpu.run(recipe, tmp_path / "run")
+    assert len(jax.live_arrays()) == live
+    # 21.9e9 parameters and gradients of 4 bytes, a bf16 momentum; by FSDP over the 8 devices.
+    needed = float(str(caught.value).split("needs at least ")[1].split(" GiB")[0])
+    assert needed == pytest.approx(22.4e9 * (4 + 4 + 2) / 8 / 2**30, rel=0.03)
+    available = memory.device_memory(jax.devices()[0]) / 2**30
+    assert f"has {available:.1f} GiB" in str(caught.value)
+    named = str(caught.value).split("Sizes that fit here: ")[1].split(";")[0].split(", ")
+    assert named == list(LADDER)[: len(named)]
+    assert "22B" not in named
+    for name in named[-1:]:
+        state = memory.state_memory(memory.at_size(recipe, name), (1, 8, 1))
+        assert sum(state.values()) / 2**30 <= available
+
+
+def test_state_memory_equals_the_bytes_of_real_arrays(mesh):
+    recipe = parsed("--config.model.width=32", "--config.model.num_heads=2", "--config.optim.ema_decay=0.9")
+    with mesh(replica=2, data=2, model=2):
+        state = jax.jit(lambda: step.init_state(recipe))()
+        held = {}
+        for name, tree in {"parameters": state.model, "optimizer": (state.opt_state, state.ema)}.items():
+            shards = [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(tree)]
+            held[name] = sum(shard.nbytes for shard in shards)
+    expected = memory.state_memory(recipe, (2, 2, 2))
+    assert {name: expected[name] for name in held} == held
+    assert expected["gradients"] == held["parameters"]
+
+
+def test_a_batch_too_large_for_the_compiled_step_is_refused_with_one_that_fits(mesh, monkeypatch):
+    recipe = parsed("--config.batch_size=64", "--config.model.depth=1")
+    with mesh(data=8) as m:
+        compiled = step.compile_train_step(recipe, sharding.concrete(step.abstract_state(recipe), m))
+        memory.check_step_memory(recipe, compiled, m)
+        analysis = compiled.memory_analysis()
+        half = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes // 2
+        monkeypatch.setattr(memory, "device_memory", lambda device: half)
+        with pytest.raises(RecipeError, match=r"batch_size=64: a step needs .* a batch of about (2\d|3\d),"):
+            memory.check_step_memory(recipe, compiled, m)
+
+
+def test_the_smallest_rung_has_under_a_million_parameters():
+    model = ModelConfig(**size("0.5M", LADDER), num_classes=1000)
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh((1, 1, 1))):
+        shapes = jax.eval_shape(lambda: step.ViT(model, jax.random.key(0)))
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) < 1_000_000
+
+
+def test_the_script_exits_with_status_2_and_one_line():
+    command = [sys.executable, "launch/tpu.py", "--config", "recipes/smoke.py", "--config.model.num_heads=7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: model.num_heads=7: must divide model.width=96; nearest: 6, 8"]
+    assert "Traceback" not in done.stderr
