@@ -24,7 +24,7 @@ def parse(argv: list[str]) -> tuple[Recipe, Path | None]:
     # Once without the overrides, to know the fields there are; then with them.
     plain = read([arg for arg in argv if not is_override.match(arg)], known_only=True)
     if not isinstance(plain.config, Recipe):
-        given = plain["config"].config_filename if plain["config"].present else ""
+        given = config_flags.get_config_filename(plain["config"]) if plain["config"].present else ""
         known = ", ".join(f"recipes/{path.name}" for path in sorted(RECIPES.glob("*.py")))
         raise RecipeError(f"--config={given}: no such recipe; there are {known}")
     fields = plain.config.flat()

@@ -109,7 +109,7 @@ def test_the_22b_recipe_is_refused_before_allocating_with_sizes_that_fit(tmp_pat
     assert needed == pytest.approx(22.4e9 * (4 + 4 + 2) / 8 / 2**30, rel=0.03)
     available = memory.device_memory(jax.devices()[0]) / 2**30
     assert f"has {available:.1f} GiB" in str(caught.value)
-    named = str(caught.value).split("Sizes that fit here: ")[1].split(";")[0].split(", ")
+    named = str(caught.value).split("Sizes whose state fits here: ")[1].split(";")[0].split(", ")
     assert named == list(LADDER)[: len(named)]
     assert "22B" not in named
     for name in named[-1:]:

@@ -16,7 +16,7 @@ EXAMPLES, CLASSES = 103, 10
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(CLASSES, size=EXAMPLES, dtype=np.int32)
 LOGITS = (RNG.normal(size=(EXAMPLES, CLASSES)) + 1.5 * np.eye(CLASSES)[LABELS]).astype(np.float32)
-compiled = {config.kind: jax.jit(functools.partial(classification_sums, config=config)) for config in (SOFTMAX, SIGMOID)}
+compiled = {c.kind: jax.jit(functools.partial(classification_sums, config=c)) for c in (SOFTMAX, SIGMOID)}
 
 
 def in_batches(logits: np.ndarray, labels: np.ndarray, batch: int, kind: str = "softmax") -> ClassificationSums:
@@ -80,8 +80,8 @@ def test_any_split_into_batches_gives_the_same_sums() -> None:
 
 def test_the_loss_is_reported_without_its_regularizers() -> None:
     config = dataclasses.replace(SOFTMAX, label_smoothing=0.3, z_loss=1.0)
-    sums = classification_sums(LOGITS, LABELS, np.ones(EXAMPLES, np.float32), config)
-    np.testing.assert_allclose(sums.result()["loss"], in_batches(LOGITS, LABELS, EXAMPLES).result()["loss"], rtol=1e-6)
+    sums = jax.jit(functools.partial(classification_sums, config=config))(LOGITS, LABELS, np.ones(EXAMPLES, np.float32))
+    np.testing.assert_allclose(sums.loss, in_batches(LOGITS, LABELS, EXAMPLES).loss, rtol=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e4, -3.5])
@@ -131,15 +131,16 @@ def two_classes(confidence: float, right: int, wrong: int) -> tuple[list, list]:
 
 def test_calibrated_predictions_have_no_calibration_error() -> None:
     groups = [two_classes(0.6, 6, 4), two_classes(0.75, 9, 3), two_classes(0.9, 9, 1)]
-    assert result(sum((g[0] for g in groups), []), sum((g[1] for g in groups), []))["ece"] < 1e-6
+    logits, labels = zip(*groups, strict=True)
+    assert result(np.concatenate(logits), np.concatenate(labels))["ece"] < 1e-6
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_accuracy() -> None:
     assert result(*two_classes(0.9, 6, 4))["ece"] == pytest.approx(0.3, rel=1e-5)
     # Errors in two bins do not cancel: 0.3 too sure and 0.2 not sure enough.
     groups = [two_classes(0.9, 6, 4), two_classes(0.6, 8, 2)]
-    both = result(groups[0][0] + groups[1][0], groups[0][1] + groups[1][1])
-    assert both["ece"] == pytest.approx((0.3 + 0.2) / 2, rel=1e-5)
+    logits, labels = zip(*groups, strict=True)
+    assert result(np.concatenate(logits), np.concatenate(labels))["ece"] == pytest.approx((0.3 + 0.2) / 2, rel=1e-5)
     surely_wrong = np.where(np.eye(CLASSES), 1e4, 0.0)
     assert result(surely_wrong, (np.arange(CLASSES) + 1) % CLASSES)["ece"] == 1.0
 

@@ -142,7 +142,7 @@ def test_cutmix_boxes_have_the_mean_area_of_clipped_squares(alpha: float, mesh: 
     assert_mean(1 - many_shares(mesh, (0.0, alpha)), mean)
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize("shape", [(4, 2, 1), (2, 2, 2)])
 def test_a_batch_is_mixed_bitwise_the_same_on_eight_devices(shape: tuple[int, int, int], mesh: MeshFactory) -> None:
     for seed in range(6):
         one, eight = mixed(mesh, BOTH, seed), mixed(mesh, BOTH, seed, shape=shape)

@@ -46,6 +46,7 @@ class Checkpoints:
     def restore(self, abstract):
         """The newest state, placed as `abstract` says; raises `RecipeError` where it belongs to another stream."""
         step = self.latest_step
+        assert step is not None
         names, structure = named_leaves(abstract), jax.tree.structure(abstract)
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(names), data=ocp.args.JsonRestore())

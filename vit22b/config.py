@@ -7,6 +7,7 @@ place; `Recipe.validate()` runs after the overrides and before anything else.
 
 import dataclasses
 import math
+from typing import TypedDict
 
 
 class RecipeError(ValueError):
@@ -371,7 +372,17 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def size(name: str, table: dict[str, tuple[int, int, int, int]] = SIZES) -> dict[str, int]:
-    """The four numbers of a size, as arguments of `ModelConfig`; raises `RecipeError` naming the sizes there are."""
-    check(name in table, "size", repr(name), "choose one of " + ", ".join(table))
-    return dict(zip(("width", "depth", "mlp_dim", "num_heads"), table[name], strict=True))
+class Size(TypedDict):
+    """The four fields of `ModelConfig` that a size sets."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+
+
+def size(name: str, table: dict[str, tuple[int, int, int, int]]) -> Size:
+    """A row of `SIZES` or `LADDER` as arguments of `ModelConfig`; raises `RecipeError` naming the sizes there are."""
+    check_choice("size", name, tuple(table))
+    width, depth, mlp_dim, num_heads = table[name]
+    return Size(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)

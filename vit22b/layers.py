@@ -7,6 +7,7 @@ matmuls read and write; norms and softmax compute in fp32.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
 KERNEL_IN = P("data", "model")  # (D, K): read by column_parallel
 KERNEL_OUT = P("model", "data")  # (K, D): read by row_parallel
 COLUMN, ROW = P(None, "model"), P("model", None)  # the same kernels gathered over 'data' for use
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "swiglu": jax.nn.silu,
@@ -75,7 +76,8 @@ def row_parallel(inputs: list[jax.Array], kernels: list[jax.Array], fused: bool)
     if fused and len(inputs) > 1:
         inputs = [jax.shard_map(lambda *x: jnp.concatenate(x, 2), in_specs=HIDDEN, out_specs=HIDDEN)(*inputs)]
         weights = [jax.shard_map(lambda *w: jnp.concatenate(w, 0), in_specs=ROW, out_specs=ROW)(*weights)]
-    return sum(matmul("btk,kd->btd", x, w, RESIDUAL) for x, w in zip(inputs, weights, strict=True))
+    outputs = [matmul("btk,kd->btd", x, w, RESIDUAL) for x, w in zip(inputs, weights, strict=True)]
+    return functools.reduce(jnp.add, outputs)
 
 
 class Norm(nnx.Module):
@@ -140,8 +142,9 @@ class Attention(Branch):
         self.query_bias, self.key_bias, self.value_bias = (vector(width) if config.qkv_bias else None for _ in range(3))
         self.out_bias = vector(width) if config.proj_bias else None
         self.scale = vector(width, layer_scale) if layer_scale else None
-        size = {"none": 0, "head": config.head_dim, "width": width}[qk_norm]
-        self.query_norm, self.key_norm = (Norm(size, config) if size else None for _ in range(2))
+        if qk_norm != "none":
+            size = config.head_dim if qk_norm == "head" else width
+            self.query_norm, self.key_norm = Norm(size, config), Norm(size, config)
         self.qk_norm = qk_norm
         self.num_heads = config.num_heads
         self.implementation = config.attention
@@ -171,14 +174,16 @@ class Attention(Branch):
 def dot_product_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, implementation: str) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v per head, softmax in fp32; heads and batch stay where they are.
 
-    `implementation`: 'xla', 'cudnn' (fused, bf16, H a multiple of 8), or 'auto': cuDNN on GPUs. A single query, as
-    in attention pooling, always goes to XLA: cuDNN cannot differentiate it.
+    `implementation`: 'xla', 'cudnn' (fused; bf16, H a multiple of 8, even lengths), or 'auto': cuDNN on a GPU where
+    it applies. Attention pooling's single query goes to XLA, whatever is asked for.
     """
-    single, head_dim = q_BTNH.shape[1] == 1, q_BTNH.shape[-1]
+    head_dim, lengths = q_BTNH.shape[-1], (q_BTNH.shape[1], k_BSNH.shape[1])
     if implementation == "auto":
-        fits = q_BTNH.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128
+        even = all(length % 2 == 0 for length in lengths)  # cuDNN under JAX 0.11 cannot differentiate odd ones
+        fits = q_BTNH.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and even
         implementation = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
-    implementation = "xla" if single else implementation
+    elif lengths[0] == 1:
+        implementation = "xla"
     attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
     # cuDNN's custom partitioning does not know Explicit axes; within shard_map there is nothing to partition.
     return jax.shard_map(attend, in_specs=(HEADS,) * 3, out_specs=HEADS, check_vma=False)(q_BTNH, k_BSNH, v_BSNH)

@@ -50,7 +50,7 @@ def check_state_memory(recipe: Recipe, devices: list[jax.Device]) -> None:
         f"{sum(parts.values()) / GIB:.1f} GiB per device ("
         + ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
         + f"); each of the {len(devices)} {devices[0].device_kind} device(s) here has {available / GIB:.1f} GiB. "
-        + (f"Sizes that fit here: {', '.join(fitting)}; " if fitting else "")
+        + (f"Sizes whose state fits here: {', '.join(fitting)}; " if fitting else "")
         + f"for example --config recipes/vit22b.py:{fitting[-1] if fitting else next(iter(LADDER))}"
     )
 

@@ -149,19 +149,22 @@ class ViT(nnx.Module):
         )
         x_BTD = matmul("bti,id->btd", x_BTI, self.patch_kernel[...].astype(dtype), RESIDUAL)
         x_BTD = x_BTD + self.patch_bias[...].astype(dtype)
-        if config.position in ("learned", "sincos"):
-            x_BTD = x_BTD + self.positions(grid).astype(dtype)
+        position_TD = self.positions(grid)
+        if position_TD is not None:
+            x_BTD = x_BTD + position_TD.astype(dtype)
         if self.prefix is not None:
             shape = (batch, *self.prefix.shape)
             prefix = jnp.broadcast_to(self.prefix[...].astype(dtype), shape, out_sharding=BATCH)
             x_BTD = jnp.concatenate([reshard(prefix, RESIDUAL), x_BTD], axis=1)
         return x_BTD, grid
 
-    def positions(self, grid: tuple[int, int]) -> jax.Array:
-        """Position embeddings (T, D) for any grid; learned ones are resampled bicubically to another one."""
+    def positions(self, grid: tuple[int, int]) -> jax.Array | None:
+        """What is added to patches, (T, D) for any grid; learned embeddings are resampled bicubically to another one."""
         config = self.config
         if config.position == "sincos":
             return sincos_positions(grid, config.width)
+        if self.position is None:
+            return None
         if grid == (config.grid, config.grid):
             return self.position[...]
         table = reshard(self.position[...], P()).reshape(config.grid, config.grid, config.width)
@@ -175,9 +178,8 @@ class ViT(nnx.Module):
         config, depth = self.config, self.config.depth
         num_prefix = x_BTD.shape[1] - grid[0] * grid[1]
         rope = rope_angles(grid, num_prefix, config.head_dim, config.rope_base) if config.position == "rope" else None
-        drop = key is not None and config.stochastic_depth > 0
         rates = jnp.linspace(0, config.stochastic_depth, depth)
-        keys = jax.random.split(key, depth) if drop else None
+        keys = None if key is None or config.stochastic_depth == 0 else jax.random.split(key, depth)
         # Every layer writes its output into a slot of one buffer; those not asked for share the last slot.
         slots = jnp.array([layers.index(i) if i in layers else len(layers) for i in range(depth)])
         kept = jnp.stack([jnp.zeros_like(x_BTD)] * (len(layers) + 1)) if layers else None
@@ -186,7 +188,7 @@ class ViT(nnx.Module):
             x_BTD, kept = carry
             block, rate, slot, layer_key = inputs
             keep_B11 = None
-            if drop:
+            if layer_key is not None:
                 shape = (x_BTD.shape[0], 1, 1)
                 keep_B11 = jax.random.bernoulli(layer_key, 1 - rate, shape, out_sharding=BATCH).astype(jnp.float32)
                 keep_B11 = (keep_B11 / (1 - rate)).astype(x_BTD.dtype)

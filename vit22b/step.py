@@ -5,7 +5,6 @@ Randomness of a step comes from (seed, step) alone.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -113,7 +112,7 @@ def train_step(recipe: Recipe, state: TrainState, batch: dict) -> tuple[TrainSta
     return state, {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate}
 
 
-def compile_train_step(recipe: Recipe, state: TrainState) -> Callable:
+def compile_train_step(recipe: Recipe, state: TrainState) -> jax.stages.Compiled:
     """The train step compiled ahead of time for an abstract state; the state given to it is donated."""
     step = jax.jit(functools.partial(train_step, recipe), donate_argnums=0)
     return step.lower(state, abstract_batch(recipe)).compile()
