@@ -1,8 +1,8 @@
 """Trains a recipe on whatever devices are there: `python launch/tpu.py --config recipes/smoke.py`.
 
 Any field of the recipe can be overridden: `--config.optim.learning_rate=3e-4`. The same command again goes on
-from the last checkpoint. On several hosts run it on each of them; clusters that JAX recognises (TPU pods, SLURM,
-Open MPI) need nothing else.
+from the last checkpoint. On several hosts run it on each of them, with a --workdir that all see; TPU pods, SLURM and
+Open MPI need nothing else, elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
 import os
@@ -32,18 +32,18 @@ def run(recipe: Recipe, workdir: Path) -> int:
     """
     recipe.validate()
     devices = jax.devices()
-    check_state_memory(recipe, devices)
+    check_state_memory(recipe)
     shape = sharding.mesh_shape(recipe.mesh, len(devices))
     sharding.check_divisibility(recipe, shape)
     sources = data.open_sources(recipe)
     fingerprints = {name: source.fingerprint() for name, source in zip(("train", "validation"), sources, strict=True)}
-    open_workdir(workdir, recipe, fingerprints)
+    if jax.process_index() == 0:
+        open_workdir(workdir, recipe, fingerprints)
     checkpoints = Checkpoints(workdir / "checkpoints", recipe)
-    reporter = Reporter(recipe, workdir)
     if checkpoints.latest_step == recipe.total_steps:
-        reporter.note(f"{recipe.name}: complete after {recipe.total_steps} steps; results in {workdir}")
-        reporter.close()
+        print(f"{recipe.name}: complete after {recipe.total_steps} steps; results in {workdir}")
         return 0
+    reporter = Reporter(recipe, workdir)
     reporter.note(
         f"{recipe.name}: {len(devices)} x {devices[0].device_kind}, mesh "
         + " x ".join(f"{axis} {count}" for axis, count in zip(sharding.AXES, shape, strict=True))
@@ -59,11 +59,24 @@ def run(recipe: Recipe, workdir: Path) -> int:
     return 0 if checkpoints.signal is None else 128 + checkpoints.signal
 
 
-def on_a_cluster() -> bool:
-    """Whether this is one of several processes, by the variables that TPU pods and job schedulers set."""
+def join_cluster() -> None:
+    """Connects this process with the others of the run, if there are any.
+
+    TPU pods, SLURM and Open MPI are known by the variables they set; elsewhere JAX_COORDINATOR_ADDRESS (HOST:PORT of
+    process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say it. Raises `RecipeError` if some of these are missing.
+    """
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    missing = [name for name in names if name not in os.environ]
+    if not missing:
+        address, count, index = (os.environ[name] for name in names)
+        jax.distributed.initialize(address, int(count), int(index))
+        return
+    if len(missing) < len(names):
+        raise RecipeError(f"{missing[0]}: not set; several processes need all of {', '.join(names)}")
     tasks = max(int(os.environ.get(name, "1")) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    return tasks > 1 or len(hosts) > 1 or "JAX_COORDINATOR_ADDRESS" in os.environ
+    if tasks > 1 or len(hosts) > 1:
+        jax.distributed.initialize()
 
 
 def main() -> int:
@@ -72,8 +85,7 @@ def main() -> int:
         return 0
     try:
         recipe, workdir = parse(sys.argv)
-        if on_a_cluster():
-            jax.distributed.initialize()
+        join_cluster()
         return run(recipe, workdir or Path("runs") / recipe.name)
     except (RecipeError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

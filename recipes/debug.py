@@ -52,8 +52,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "randaugment_layers": 1,
             "randaugment_magnitude": 3,
             "random_erasing": 0.1,
-            "mixup": 0.1,
-            "cutmix": 0.1,
         },
     },
     "sequential": {
@@ -75,7 +73,14 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "loss": {"kind": "sigmoid"},
         "optim": {"schedule": "cosine", "final_fraction": 0.1},
-        "data": {"crop": "inception", "min_area": 0.8, "augment": "three_augment", "workers": 1},
+        "data": {
+            "crop": "inception",
+            "min_area": 0.8,
+            "augment": "three_augment",
+            "mixup": 0.1,
+            "cutmix": 0.1,
+            "workers": 1,
+        },
     },
     "gated": {
         "model": {

@@ -20,7 +20,7 @@ SMALL = ModelConfig(
 
 @pytest.mark.parametrize("name", SIZES)
 def test_mean_pooled_models_cost_what_the_formula_says(name: str) -> None:
-    config = ModelConfig(**size(name), num_classes=1000, pool="gap")
+    config = ModelConfig(**size(name, SIZES), num_classes=1000, pool="gap")
     d, f, l = config.width, config.mlp_dim, config.depth
     t, k, c = 256, 14 * 14 * 3, 1000
     expected = t * 2 * l * (4 * d**2 + 2 * d * f) + 4 * l * t**2 * d + 2 * t * k * d + 2 * d * c
@@ -54,9 +54,16 @@ def test_pooling_costs_keys_and_values_of_all_tokens_and_the_rest_for_one() -> N
     assert attention - gap == key_value + query_out + mlp + scores_and_sum
 
 
+def test_class_token_and_registers_pass_the_blocks_but_are_not_embedded() -> None:
+    config = dataclasses.replace(SMALL, pool="cls", class_token=True, num_registers=7)
+    d, f, t = 256, 1024, 64 + 8
+    blocks = 2 * (2 * t * (4 * d**2 + 2 * d * f) + 4 * t**2 * d)
+    assert forward_flops(config) == blocks + 2 * 64 * (4 * 4 * 3) * d + 2 * d * 100
+
+
 def test_the_blocks_of_vit_22b_cost_131_gflop_per_token_in_training() -> None:
     """6 per weight of the blocks, and 12 per layer, width and token attended to [Chowdhery 2022, appendix B]."""
-    config = ModelConfig(**size("22B"), num_classes=30_000, pool="gap")
+    config = ModelConfig(**size("22B", SIZES), num_classes=30_000, pool="gap")
     without_blocks = dataclasses.replace(config, depth=0)
     per_token = (train_flops(config) - train_flops(without_blocks)) / 256
     assert per_token == 6 * 21_743_271_936 + 12 * 48 * 6144 * 256

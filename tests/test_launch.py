@@ -134,12 +134,12 @@ def test_a_batch_too_large_for_the_compiled_step_is_refused_with_one_that_fits(m
     recipe = parsed("--config.batch_size=64", "--config.model.depth=1")
     with mesh(data=8) as m:
         compiled = step.compile_train_step(recipe, sharding.concrete(step.abstract_state(recipe), m))
-        memory.check_step_memory(recipe, compiled, m)
+        memory.check_step_memory(recipe, compiled)
         analysis = compiled.memory_analysis()
         half = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes // 2
         monkeypatch.setattr(memory, "device_memory", lambda device: half)
         with pytest.raises(RecipeError, match=r"batch_size=64: a step needs .* a batch of about (2\d|3\d),"):
-            memory.check_step_memory(recipe, compiled, m)
+            memory.check_step_memory(recipe, compiled)
 
 
 def test_the_smallest_rung_has_under_a_million_parameters():

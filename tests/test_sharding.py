@@ -203,6 +203,7 @@ def test_fsdp_gathers_each_kernel_once_and_reduces_each_gradient_once(mesh: Mesh
         "all-gather [128,32]": 1,  # MLP out
     }
     assert collectives(MODEL, (1, 8, 1), mesh) == gathers
+    assert collectives(dataclasses.replace(MODEL, fused=False), (1, 8, 1), mesh) == gathers
     # All gradients in one: of the fused input and output kernels, of norms' scales and of biases.
     gradients = {"all-reduce [128] [224,32] [32,160] [32] [32] [8] [8]": 1}
     assert collectives(MODEL, (1, 8, 1), mesh, backward=True) == gathers | gradients

@@ -8,7 +8,6 @@ import dataclasses
 import os
 
 import jax
-from jax.sharding import Mesh
 
 from vit22b import sharding
 from vit22b.config import LADDER, Recipe, RecipeError, size
@@ -34,13 +33,14 @@ def state_memory(recipe: Recipe, mesh_shape: tuple[int, int, int]) -> dict[str, 
     return {"parameters": parameters, "gradients": parameters, "optimizer": optimizer}
 
 
-def check_state_memory(recipe: Recipe, devices: list[jax.Device]) -> None:
-    """Raises `RecipeError` where parameters, gradients and optimizer alone exceed the devices' memory."""
+def check_state_memory(recipe: Recipe) -> None:
+    """Raises `RecipeError` where parameters, gradients and optimizer alone exceed the memory of the devices here."""
+    count, device = jax.device_count(), jax.local_devices()[0]
     try:
-        shape = sharding.mesh_shape(recipe.mesh, len(devices))
+        shape = sharding.mesh_shape(recipe.mesh, count)
     except RecipeError:  # a mesh for other devices: judge by the most even split of these
-        shape = (1, len(devices), 1)
-    available = device_memory(devices[0])
+        shape = (1, count, 1)
+    available = device_memory(device)
     parts = state_memory(recipe, shape)
     if sum(parts.values()) <= available:
         return
@@ -49,7 +49,7 @@ def check_state_memory(recipe: Recipe, devices: list[jax.Device]) -> None:
         f"model.width={recipe.model.width}, model.depth={recipe.model.depth}: needs at least "
         f"{sum(parts.values()) / GIB:.1f} GiB per device ("
         + ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
-        + f"); each of the {len(devices)} {devices[0].device_kind} device(s) here has {available / GIB:.1f} GiB. "
+        + f"); each of the {count} {device.device_kind} device(s) here has {available / GIB:.1f} GiB. "
         + (f"Sizes whose state fits here: {', '.join(fitting)}; " if fitting else "")
         + f"for example --config recipes/vit22b.py:{fitting[-1] if fitting else next(iter(LADDER))}"
     )
@@ -60,14 +60,14 @@ def at_size(recipe: Recipe, name: str) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **size(name, LADDER)))
 
 
-def check_step_memory(recipe: Recipe, compiled: jax.stages.Compiled, mesh: Mesh) -> None:
+def check_step_memory(recipe: Recipe, compiled: jax.stages.Compiled) -> None:
     """Raises `RecipeError` where the compiled step's arguments and temporaries exceed a device's memory."""
     analysis = compiled.memory_analysis()
     if analysis is None:  # a platform that does not say
         return
     arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # donated buffers count once
-    available = device_memory(mesh.devices.flat[0])
+    available = device_memory(jax.local_devices()[0])
     if arguments + temporaries + outputs <= available:
         return
     share = max(available - arguments - outputs, 0) / temporaries

@@ -138,7 +138,7 @@ class ViT(nnx.Module):
 
     def embed(self, images: jax.Array) -> tuple[jax.Array, tuple[int, int]]:
         """Patches with positions behind class token and registers, (B, T, D), and the grid (rows, columns)."""
-        config, dtype, p = self.config, DTYPES[self.config.matmul], self.config.patch_size
+        dtype, p = DTYPES[self.config.matmul], self.config.patch_size
         batch, height, width, _ = images.shape
         if height % p or width % p:
             raise ValueError(f"image of {height}x{width}: sides must be multiples of the patch size {p}")
@@ -159,7 +159,7 @@ class ViT(nnx.Module):
         return x_BTD, grid
 
     def positions(self, grid: tuple[int, int]) -> jax.Array | None:
-        """What is added to patches, (T, D) for any grid; learned embeddings are resampled bicubically to another one."""
+        """What is added to patches, (T, D), for any grid: learned embeddings are resampled bicubically."""
         config = self.config
         if config.position == "sincos":
             return sincos_positions(grid, config.width)

@@ -39,7 +39,7 @@ def train(recipe: Recipe, sources: tuple, checkpoints: Checkpoints, reporter: Re
     train_fn = compile_train_step(recipe, abstract)
     reporter.note(get_parameter_overview(named_leaves(abstract.model), include_stats=False), on_terminal=False)
     reporter.note(f"compiled the train step in {time.perf_counter() - start:.1f} s")
-    check_step_memory(recipe, train_fn, mesh)
+    check_step_memory(recipe, train_fn)
     eval_fn = jax.jit(functools.partial(eval_step, recipe))
 
     resumed = checkpoints.latest_step is not None
