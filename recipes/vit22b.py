@@ -46,6 +46,7 @@ def get_config(arg: str = "22B") -> Recipe:
             num_classes=29_593,  # JFT-3B's
             head_bias=-10.0,
             remat="full" if arg in REMATERIALISED else "none",
+            fused=arg == "22B",  # with tensor parallelism, half as many reductions of the residual stream
         ),
         loss=LossConfig(kind="sigmoid"),
         optim=OptimConfig(

@@ -67,7 +67,7 @@ def test_workdir_is_given_by_a_flag():
         (["--config.seed=-1"], "seed=-1"),
         (["--config.batch_size=100"], "batch_size=100: must be a multiple of 8 = mesh.replica=1 x mesh.data=8"),
         (["--config.mesh.data=3"], "does not fill 8 device(s)"),
-        (["--config.mesh.model=8"], "mesh.model=8: must divide model.num_heads=3; the largest that does: 3"),
+        (["--config.mesh.model=8"], "mesh.model=8: must divide model.num_heads=3; the largest that does: 1"),
         (["--config.mesh.model=-1"], "at most one may be -1"),
         (["--config.optim.cooldown_steps=5"], "has no effect with optim.schedule='cosine'"),
         (["--config.optim.warmup_steps=601"], "exceeds total_steps=600"),

@@ -97,7 +97,7 @@ class ModelConfig:
     # block, layers unrolled: L/16 at batch 256 41.3 % MFU fused, 46.9 % not; width 6144 at batch 64 58.4 %, 61.0 %.
     fused: bool = False
     attention: str = "auto"  # 'auto', 'xla', 'cudnn'
-    remat: str = "none"  # a key of vit22b.model.REMAT
+    remat: str = "none"  # recomputed in the backward pass: 'none', 'full', 'dots', 'attention'; see model.REMAT
     scan_unroll: int = 1  # layers per iteration of the scan; >= depth: no loop at all
 
     @property
@@ -136,6 +136,7 @@ class ModelConfig:
         check_choice("model.position", self.position, ("learned", "sincos", "rope", "none"))
         check_choice("model.pool", self.pool, ("map", "gap", "cls"))
         check_choice("model.init", self.init, ("xavier", "truncated_normal", "mimetic"))
+        check_choice("model.remat", self.remat, ("none", "full", "dots", "attention"))
         check_choice("model.matmul", self.matmul, ("bf16", "fp32"))
         check_choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
         divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
@@ -146,12 +147,8 @@ class ModelConfig:
             f"must divide model.width={self.width}; nearest: {nearest(self.num_heads, divisors)}",
         )
         p, s = self.patch_size, self.image_size
-        check(
-            s % p == 0,
-            "model.image_size",
-            s,
-            f"must be a multiple of model.patch_size={p}; try {max(s // p, 1) * p} or {(s // p + 1) * p}",
-        )
+        around = " or ".join(str(n * p) for n in (s // p, s // p + 1) if n)
+        check(s % p == 0, "model.image_size", s, f"must be a multiple of model.patch_size={p}; try {around}")
         if self.position in ("sincos", "rope"):
             dim, what = (self.width, "width") if self.position == "sincos" else (self.head_dim, "head dim")
             check(dim % 4 == 0, "model.position", repr(self.position), f"needs a {what} divisible by 4, not {dim}")

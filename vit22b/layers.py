@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def new_kernel(key: jax.Array, shape: tuple[int, int], spec: P, config: ModelConfig) -> nnx.Param:
-    """A matrix of the body, initialised as the recipe says (mimetic initialization concerns attention alone)."""
+    """A matrix of the body, initialised as the recipe says (mimetic initialization concerns self-attention alone)."""
     create = init.truncated_normal if config.init == "truncated_normal" else init.xavier
     return nnx.Param(create(key, shape, spec))
 

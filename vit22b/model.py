@@ -4,6 +4,7 @@ Letters as in layers.py, and: C classes, L layers, I pixels of a patch. A model 
 `jax.jit`, `jax.grad`, `jax.lax.scan` apply to it. Blocks are stored stacked, with a leading L.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -60,15 +61,20 @@ class Block(nnx.Module):
         self.mlp_norm = Norm(config.width, config) if config.block == "sequential" else None
         self.mlp = MLP(config, mlp_key, config.layer_scale)
 
-    def __call__(self, x_BTD: jax.Array, rope: tuple | None, keep_B11: jax.Array | None) -> jax.Array:
-        """(B, T, D) to (B, T, D). `keep_B11` multiplies what is added: stochastic depth."""
+    @property
+    def num_sums(self) -> int:
+        """How often a layer adds to the residual stream."""
+        return 1 if self.mlp_norm is None else 2
+
+    def __call__(self, x_BTD: jax.Array, rope: tuple | None, keep_SB11: jax.Array | None) -> jax.Array:
+        """(B, T, D) to (B, T, D). `keep_SB11` multiplies what each of S sums adds: stochastic depth."""
         if self.mlp_norm is None:
             steps = [(self.norm, [self.attention, self.mlp])]
         else:
             steps = [(self.norm, [self.attention]), (self.mlp_norm, [self.mlp])]
-        for norm, branches in steps:
+        for i, (norm, branches) in enumerate(steps):
             y_BTD = apply_branches(norm, branches, x_BTD, rope, self.fused)
-            x_BTD = x_BTD + (y_BTD if keep_B11 is None else y_BTD * keep_B11)
+            x_BTD = x_BTD + (y_BTD if keep_SB11 is None else y_BTD * keep_SB11[i])
         return x_BTD
 
 
@@ -79,6 +85,8 @@ class MAPHead(nnx.Module):
         probe_key, attention_key, mlp_key = jax.random.split(key, 3)
         self.fused = config.fused
         self.probe = nnx.Param(init.xavier(probe_key, (1, config.width), P()))
+        # The probe attends to tokens, not tokens to one another: mimetic initialization says nothing about that.
+        config = dataclasses.replace(config, init="xavier" if config.init == "mimetic" else config.init)
         self.attention = Attention(config, attention_key, qk_norm="none", layer_scale=0.0)
         self.norm = Norm(config.width, config)
         self.mlp = MLP(config, mlp_key, layer_scale=0.0)
@@ -176,6 +184,8 @@ class ViT(nnx.Module):
     ) -> tuple[jax.Array, jax.Array | None]:
         """The residual stream after all blocks, and after each of `layers` (R, B, T, D)."""
         config, depth = self.config, self.config.depth
+        if len(set(layers)) < len(layers) or not set(layers) <= set(range(depth)):
+            raise ValueError(f"layers={layers}: give distinct numbers from 0 to {depth - 1}")
         num_prefix = x_BTD.shape[1] - grid[0] * grid[1]
         rope = rope_angles(grid, num_prefix, config.head_dim, config.rope_base) if config.position == "rope" else None
         rates = jnp.linspace(0, config.stochastic_depth, depth)
@@ -187,12 +197,12 @@ class ViT(nnx.Module):
         def layer(carry, inputs):
             x_BTD, kept = carry
             block, rate, slot, layer_key = inputs
-            keep_B11 = None
+            keep_SB11 = None
             if layer_key is not None:
-                shape = (x_BTD.shape[0], 1, 1)
-                keep_B11 = jax.random.bernoulli(layer_key, 1 - rate, shape, out_sharding=BATCH).astype(jnp.float32)
-                keep_B11 = (keep_B11 / (1 - rate)).astype(x_BTD.dtype)
-            x_BTD = block(x_BTD, rope, keep_B11)
+                shape, spec = (block.num_sums, x_BTD.shape[0], 1, 1), P(None, *BATCH)
+                keep_SB11 = jax.random.bernoulli(layer_key, 1 - rate, shape, out_sharding=spec).astype(jnp.float32)
+                keep_SB11 = (keep_SB11 / (1 - rate)).astype(x_BTD.dtype)
+            x_BTD = block(x_BTD, rope, keep_SB11)
             if kept is not None:
                 kept = jax.lax.dynamic_update_index_in_dim(kept, x_BTD, slot, 0)
             return (x_BTD, kept), None

@@ -23,8 +23,8 @@ def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
 
     Warm-up: peak x (step + 1) / warmup_steps, so that the first step moves. Then, with s steps since warm-up:
     'rsqrt': peak / sqrt(1 + s / timescale) [Zhai 2022, section 3.5]; 'wsd', 'constant': peak;
-    'cosine': half a cosine to final_fraction x peak at the last step. 'rsqrt' and 'wsd' are multiplied by a line from 1
-    to final_fraction over the last `cooldown_steps`.
+    'cosine': half a cosine to final_fraction x peak. 'rsqrt' and 'wsd' are multiplied by a line from 1 to
+    final_fraction over the last `cooldown_steps`. Both ends are reached at `total_steps`, one after the last step.
     """
     warmup, cooldown, final = config.warmup_steps, config.cooldown_steps, config.final_fraction
 
@@ -104,28 +104,25 @@ def scale_by_muon(config: OptimConfig) -> optax.GradientTransformation:
     learning rates and decays carry over.
     """
     matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)  # each layer on its own
-
-    def dimension_numbers(model):
-        return label(model, lambda name: matrix if name in MATRICES and name != "patch_kernel" else None)
-
-    muon = optax.contrib.muon(
-        1.0,
+    orthogonal = optax.contrib.scale_by_muon(
         beta=config.beta1,
         mu_dtype=DTYPES[config.momentum_dtype],
-        adam_b1=config.beta1,
-        adam_b2=config.beta2,
-        eps=config.epsilon,
-        muon_weight_dimension_numbers=dimension_numbers,
-        consistent_rms=0.2,
+        weight_dimension_numbers=lambda updates: jax.tree.map(lambda _: matrix, updates),
     )
+    rms = optax.stateless_with_tree_map(lambda u, _: 0.2 * max(u.shape[-2:]) ** 0.5 * u)
+
+    def groups(model):
+        return label(model, lambda name: "matrix" if name in MATRICES and name != "patch_kernel" else "other")
+
+    # Not optax.contrib.muon, which gives the others Nesterov's form of Adam.
+    muon = optax.partition({"matrix": optax.chain(orthogonal, rms), "other": scale_by_adam(config)}, groups)
 
     def update(updates, state, params):
         # The products of sharded matrices need no layout of ours: inside, the compiler chooses it.
         specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
         return jax.sharding.auto_axes(muon.update, out_sharding=specs)(updates, state, params)
 
-    # optax's muon descends; the chain's last link does that for every optimizer.
-    return optax.chain(optax.GradientTransformation(muon.init, update), optax.scale(-1.0))
+    return optax.GradientTransformation(muon.init, update)
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:

@@ -54,9 +54,9 @@ def check_divisibility(recipe: Recipe, shape: tuple[int, int, int]) -> None:
     )
     config = recipe.model
     for axis, count, fields in (("data", data, ("width",)), ("model", model, ("width", "num_heads", "mlp_dim"))):
-        for field in fields:
-            value = getattr(config, field)
-            fitting = [n for n in range(1, count + 1) if value % n == 0]
+        sizes = {field: getattr(config, field) for field in fields}
+        fitting = [n for n in range(1, count + 1) if not any(size % n for size in (count, *sizes.values()))]
+        for field, value in sizes.items():
             check(
                 value % count == 0,
                 f"mesh.{axis}",
