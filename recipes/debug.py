@@ -6,7 +6,8 @@ Not for accuracy: a change that breaks a mechanism should break one of these run
 Source: none.
 Command: XLA_FLAGS=--xla_force_host_platform_device_count=8 python launch/tpu.py --config recipes/debug.py
     Without XLA_FLAGS it runs on the devices there are; add --config.mesh.model=2 for tensor parallelism.
-Measured: 0 s.
+Measured: 27, 25, 15 and 16 s in the order above, with 8 simulated devices on 2 CPU cores that had other work too. Training
+    loss at the end 2.13, 3.21, 2.18 and 1.49; guessing has 2.30, and with the sigmoid loss of 'sequential' 3.25.
 """
 
 from typing import Any
@@ -91,7 +92,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "position": "sincos",
             "pool": "gap",
             "remat": "attention",
-            "scan_unroll": 4,
+            "scan_unroll": 2,
         },
         "optim": {"name": "muon", "schedule": "wsd", "cooldown_steps": 20},
         "data": {"crop": "resize"},
@@ -107,7 +108,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 def get_config(arg: str = "parallel") -> Recipe:
     check_choice("variant", arg, tuple(VARIANTS))
     changes = VARIANTS[arg]
-    model = {"width": 64, "depth": 4, "mlp_dim": 256, "num_heads": 2, "image_size": 8, "patch_size": 2}
+    model = {"width": 64, "depth": 2, "mlp_dim": 256, "num_heads": 2, "image_size": 8, "patch_size": 2}
     optim = {"learning_rate": 5e-3, "warmup_steps": 10, "weight_decay": 0.1, "head_weight_decay": 0.1, "beta2": 0.99}
     return Recipe(
         name=f"debug_{arg}",

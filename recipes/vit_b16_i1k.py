@@ -21,8 +21,8 @@ Differences from the source:
         ratio, where the source's batch shares one.
     The loss is summed over classes, not averaged. AdamW's updates do not feel that, clipping at 1.0 does: here it acts
         at nearly every step.
-    Stochastic depth rises linearly to its rate, which the source gives to every layer, and drops attention and MLP
-        together. The head starts at zero, and position embeddings with a deviation of 1 / sqrt(width), not 0.02.
+    Stochastic depth rises linearly to its rate, which the source gives to every layer. The head starts at zero, and
+        position embeddings with a deviation of 1 / sqrt(width), not 0.02.
 """
 
 from vit22b.config import (

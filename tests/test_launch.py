@@ -1,5 +1,7 @@
 """What a user types: overrides, mistakes answered in one line, and recipes that do not fit the machine."""
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from launch import tpu
 from launch.command_line import parse
 from vit22b import memory, sharding, step
 from vit22b.config import LADDER, ModelConfig, Recipe, RecipeError, size
+from vit22b.report import read_metrics
 
 ROOT = Path(__file__).parent.parent
 SMOKE = str(ROOT / "recipes" / "smoke.py")
@@ -156,3 +159,34 @@ def test_the_script_exits_with_status_2_and_one_line():
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert errors == ["error: model.num_heads=7: must divide model.width=96; nearest: 6, 8"]
     assert "Traceback" not in done.stderr
+
+
+def test_two_processes_of_two_devices_train_as_one_process_of_four(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    small = ["depth=1", "width=32", "num_heads=2", "mlp_dim=64"]
+    command = [sys.executable, "launch/tpu.py", "--config", "recipes/smoke.py", "--config.total_steps=3",
+               "--config.optim.warmup_steps=1", "--config.run.log_every_steps=1", "--config.mesh.model=2",
+               *(f"--config.model.{field}" for field in small)]  # fmt: skip
+
+    def start(workdir: str, devices: int, **variables: str) -> subprocess.Popen:
+        variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        arguments = [*command, "--workdir", str(tmp_path / workdir)]
+        return subprocess.Popen(arguments, cwd=ROOT, env=os.environ | variables, stdout=subprocess.DEVNULL)
+
+    cluster = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = [start("two", 2, **cluster, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    assert start("one", 4).wait(timeout=240) == 0
+    two, one = read_metrics(tmp_path / "two"), read_metrics(tmp_path / "one")
+    for name in ("train/loss", "train/gradient_norm", "validation/loss"):
+        assert list(two[name]) == list(one[name])
+        np.testing.assert_allclose(list(two[name].values()), list(one[name].values()), rtol=1e-5)
+    assert two["validation/top1"] == one["validation/top1"]
+
+
+def test_an_incomplete_description_of_the_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
+    with pytest.raises(RecipeError, match=r"JAX_NUM_PROCESSES: not set"):
+        tpu.join_cluster()
