@@ -24,7 +24,11 @@ def parse(argv: list[str]) -> tuple[Recipe, Path | None]:
     # Once without the overrides, to know the fields there are; then with them.
     plain = read([arg for arg in argv if not is_override.match(arg)], known_only=True)
     if not isinstance(plain.config, Recipe):
-        given = config_flags.get_config_filename(plain["config"]) if plain["config"].present else ""
+        if not plain["config"].present:
+            raise RecipeError("--config: give a recipe, for example --config recipes/smoke.py")
+        given = config_flags.get_config_filename(plain["config"])
+        if Path(given.split(":")[0]).is_file():
+            raise RecipeError(f"--config={given}: get_config() must return a Recipe of vit22b/config.py")
         known = ", ".join(f"recipes/{path.name}" for path in sorted(RECIPES.glob("*.py")))
         raise RecipeError(f"--config={given}: no such recipe; there are {known}")
     fields = plain.config.flat()
@@ -55,7 +59,7 @@ def read(argv: list[str], known_only: bool) -> flags.FlagValues:
         if "--config." in str(error) or "flag config." in str(error):
             raise
         raise RecipeError(cause(error)) from error
-    except (flags.Error, ValueError) as error:
+    except Exception as error:  # whatever the recipe's own code raises
         raise RecipeError(cause(error)) from error
     if not known_only and len(rest) > 1:
         raise RecipeError(f"{rest[1]}: not a flag; a field is given as --config.FIELD=VALUE")
@@ -64,7 +68,9 @@ def read(argv: list[str], known_only: bool) -> flags.FlagValues:
 
 def cause(error: BaseException) -> str:
     """The line that says what is wrong: a `RecipeError` below absl's and ml_collections' own errors, or theirs."""
-    line = " ".join(str(error).split())
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # ml_collections puts a whole traceback into its message, with what was wrong in the last line.
+    line = f"--config: {lines[-1]}" if "Error whilst parsing" in lines[0] else " ".join(" ".join(lines).split())
     below: BaseException | None = error
     while below is not None:
         if isinstance(below, RecipeError) and "\n" not in str(below):

@@ -18,9 +18,9 @@ import jax
 from launch.command_line import parse
 from vit22b import data, sharding
 from vit22b.checkpoint import Checkpoints
-from vit22b.config import Recipe, RecipeError
+from vit22b.config import Recipe, RecipeError, check
 from vit22b.memory import check_state_memory
-from vit22b.report import Reporter
+from vit22b.report import Reporter, was_evaluated
 from vit22b.train import train
 from vit22b.workdir import open_workdir
 
@@ -33,6 +33,8 @@ def run(recipe: Recipe, workdir: Path) -> int:
     recipe.validate()
     devices = jax.devices()
     check_state_memory(recipe)
+    cudnn = recipe.model.attention == "cudnn"
+    check(not cudnn or devices[0].platform == "gpu", "model.attention", "'cudnn'", "needs a GPU; use 'auto' or 'xla'")
     shape = sharding.mesh_shape(recipe.mesh, len(devices))
     sharding.check_divisibility(recipe, shape)
     sources = data.open_sources(recipe)
@@ -40,7 +42,7 @@ def run(recipe: Recipe, workdir: Path) -> int:
     if jax.process_index() == 0:
         open_workdir(workdir, recipe, fingerprints)
     checkpoints = Checkpoints(workdir / "checkpoints", recipe)
-    if checkpoints.latest_step == recipe.total_steps:
+    if checkpoints.latest_step == recipe.total_steps and was_evaluated(workdir, recipe.total_steps):
         print(f"{recipe.name}: complete after {recipe.total_steps} steps; results in {workdir}")
         return 0
     reporter = Reporter(recipe, workdir)
@@ -55,8 +57,10 @@ def run(recipe: Recipe, workdir: Path) -> int:
         ):
             train(recipe, sources, checkpoints, reporter)
     finally:
+        checkpoints.wait()  # also where training failed: what was saved before is still being written
         reporter.close()
-    return 0 if checkpoints.signal is None else 128 + checkpoints.signal
+    complete = checkpoints.latest_step == recipe.total_steps
+    return 0 if complete or checkpoints.signal is None else 128 + checkpoints.signal
 
 
 def join_cluster() -> None:
@@ -69,6 +73,10 @@ def join_cluster() -> None:
     missing = [name for name in names if name not in os.environ]
     if not missing:
         address, count, index = (os.environ[name] for name in names)
+        if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+            raise RecipeError(
+                f"JAX_PROCESS_ID={index}, JAX_NUM_PROCESSES={count}: need numbers, the first below the other"
+            )
         jax.distributed.initialize(address, int(count), int(index))
         return
     if len(missing) < len(names):
@@ -87,9 +95,12 @@ def main() -> int:
         recipe, workdir = parse(sys.argv)
         join_cluster()
         return run(recipe, workdir or Path("runs") / recipe.name)
-    except (RecipeError, FloatingPointError) as error:
+    except (RecipeError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped at once; the last checkpoint stays", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

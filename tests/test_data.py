@@ -217,7 +217,7 @@ def test_a_corrupt_image_stops_the_stream_with_its_name(tmp_path, workers):
     with pytest.raises(RecipeError) as caught:
         next(stream)
     stream.close()
-    message = rf"data.train='folder:{tmp_path}': cannot decode {tmp_path}/a/2.jpg \(OSError: .*\); repair or remove it"
+    message = rf"data.train='folder:{tmp_path}': cannot decode {tmp_path}/a/2.jpg \(OSError: .*\); repair or replace it"
     assert re.fullmatch(message, str(caught.value))
 
 

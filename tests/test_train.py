@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from vit22b.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Reci
 from vit22b.metrics import classification_sums
 from vit22b.mix import normalize
 from vit22b.names import named_leaves
-from vit22b.report import read_metrics
+from vit22b.report import Reporter, read_metrics
 from vit22b.sharding import concrete, make_mesh
 from vit22b.train import evaluate
+from vit22b.workdir import open_workdir
 
 DEVICES = jax.devices()
 
@@ -152,6 +154,48 @@ def test_a_work_directory_of_another_run_or_of_other_things_is_refused(finished,
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(RecipeError, match=r"holds files but no recipe\.json"):
         run(tiny(), tmp_path)
+    (tmp_path / "recipe.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"recipe\.json is not a run's"):
+        run(tiny(), tmp_path)
+    with pytest.raises(RecipeError, match=r"--workdir=gs:/"):
+        open_workdir("gs://bucket/run", tiny(), {})
+
+
+def test_a_start_refused_for_its_memory_does_not_bind_the_work_directory(tmp_path):
+    fingerprints = {"train": "a", "validation": "b"}
+    open_workdir(tmp_path / "run", tiny(batch_size=96), fingerprints)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    open_workdir(tmp_path / "run", tiny(), fingerprints)
+    content = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    assert content["recipe"]["batch_size"] == 48
+    assert len(content["starts"]) == 2
+
+
+def test_half_a_line_in_the_metrics_is_passed_over(finished, tmp_path):
+    torn = (finished / "metrics.jsonl").read_text() + '{"step": 7, "ti'
+    (tmp_path / "metrics.jsonl").write_text(torn)
+    Reporter(tiny(), tmp_path).evaluation(8, {"top1": 0.5, "examples": 1})
+    series = read_metrics(tmp_path)["validation/top1"]
+    assert series == read_metrics(finished)["validation/top1"] | {8: 0.5}
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "6"
+    shutil.rmtree(folder / "state")
+    recipe = tiny(mesh=MeshConfig(replica=2, data=2, model=2))
+    with pytest.raises(RecipeError, match=r"checkpoints/6: cannot be restored .* remove that folder"):
+        final_state(tmp_path / "run", recipe)
+    shutil.rmtree(folder)
+    assert int(final_state(tmp_path / "run", recipe)["step"]) == 3
+
+
+def test_a_missing_last_evaluation_is_made_up_for(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:-1]))
+    assert run(tiny(mesh=MeshConfig(replica=2, data=2, model=2)), tmp_path / "run") == 0
+    assert read_metrics(tmp_path / "run")["validation/loss"] == read_metrics(finished)["validation/loss"]
 
 
 def test_a_resumed_run_may_change_where_it_is_computed(finished):
@@ -168,7 +212,7 @@ def test_padded_evaluation_equals_one_pass_over_the_whole_set(mesh):
         kernel = jax.random.normal(jax.random.key(1), state.model.head_kernel.shape)
         state.model.head_kernel[...] = jax.sharding.reshard(kernel, state.model.head_kernel[...].sharding.spec)
         eval_fn = jax.jit(lambda model, batch: step.eval_step(recipe, model, batch))
-        padded = evaluate(eval_fn, state.model, data.eval_batches(validation, recipe, 0, 1))
+        padded = evaluate(recipe, eval_fn, state.model, validation)
         whole = [validation[i] for i in range(len(validation))]
         images, labels = np.stack([image for image, _ in whole]), np.array([label for _, label in whole])
         placed = jax.device_put(images, jax.NamedSharding(jax.sharding.get_mesh(), jax.P(("replica", "data"))))
@@ -202,7 +246,7 @@ def test_training_and_evaluation_are_traced_once_per_run(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     recipe = tiny(optim=OptimConfig(learning_rate=1e30, clip_norm=0.0), run=RunConfig(checkpoint_every_steps=1))
-    with pytest.raises(FloatingPointError, match=r"step \d: loss=.*optim\.learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"step \d: loss=.*lower learning rate"):
         run(recipe, tmp_path / "run")
     saved = Checkpoints(tmp_path / "run" / "checkpoints", recipe).latest_step
     assert saved is not None

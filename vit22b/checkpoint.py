@@ -6,6 +6,7 @@ data position. Orbax writes into a temporary folder and renames it, so that a fo
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,9 +49,14 @@ class Checkpoints:
         step = self.latest_step
         assert step is not None
         names, structure = named_leaves(abstract), jax.tree.structure(abstract)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(names), data=ocp.args.JsonRestore())
-        )
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(names), data=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(step, args=wanted)
+        except Exception as error:  # orbax, tensorstore and the file system each raise their own
+            raise RecipeError(
+                f"{self._manager.directory / str(step)}: cannot be restored ({type(error).__name__}); if damaged, "
+                "remove that folder to go on from the checkpoint before it"
+            ) from error
         expected = step * self._recipe.batch_size
         if restored.data["next_example"] != expected:
             raise RecipeError(
@@ -61,7 +67,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def stopping_on(self, *signals: signal.Signals) -> Iterator[None]:
-        """Within it, one of these signals ends training after the current step, with a checkpoint; two do at once."""
+        """Within it, one of these signals ends training after the current step, with a checkpoint; two do at once.
+
+        With several processes JAX's own service handles SIGTERM, so that all stop after the same step.
+        """
+        if jax.process_count() > 1:
+            yield
+            return
         before = {number: signal.signal(number, self._on_signal) for number in signals}
         try:
             yield
@@ -73,11 +85,12 @@ class Checkpoints:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        print(f"{self.signal.name}: stopping after the current step; once more to stop at once", file=sys.stderr)
 
     def preempted(self, step: int) -> bool:
         """Whether to save and stop after `step`; all processes agree."""
         if jax.process_count() > 1:
-            return self._manager.reached_preemption(step)
+            self.signal = signal.SIGTERM if self._manager.reached_preemption(step) else None
         return self.signal is not None
 
     def wait(self) -> None:

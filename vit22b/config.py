@@ -127,6 +127,8 @@ class ModelConfig:
         ):
             check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         check(self.num_registers >= 0, "model.num_registers", self.num_registers, "must be 0 or more")
+        check(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "must be positive")
+        check(self.rope_base > 0, "model.rope_base", self.rope_base, "must be positive")
         check(self.layer_scale >= 0, "model.layer_scale", self.layer_scale, "must be 0 (off) or positive")
         check(0 <= self.stochastic_depth < 1, "model.stochastic_depth", self.stochastic_depth, "must be in [0, 1)")
         check_choice("model.block", self.block, ("parallel", "sequential"))
@@ -139,12 +141,11 @@ class ModelConfig:
         check_choice("model.remat", self.remat, ("none", "full", "dots", "attention"))
         check_choice("model.matmul", self.matmul, ("bf16", "fp32"))
         check_choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
-        divisors = [n for n in range(1, self.width + 1) if self.width % n == 0]
         check(
             self.width % self.num_heads == 0,
             "model.num_heads",
             self.num_heads,
-            f"must divide model.width={self.width}; nearest: {nearest(self.num_heads, divisors)}",
+            f"must divide model.width={self.width}; nearest: {nearest_divisors(self.width, self.num_heads)}",
         )
         p, s = self.patch_size, self.image_size
         around = " or ".join(str(n * p) for n in (s // p, s // p + 1) if n)
@@ -161,9 +162,11 @@ class ModelConfig:
         )
 
 
-def nearest(value: int, choices: list[int], count: int = 2) -> str:
-    """The `count` choices closest to `value`, as text."""
-    return ", ".join(str(c) for c in sorted(sorted(choices, key=lambda c: abs(c - value))[:count]))
+def nearest_divisors(number: int, value: int) -> str:
+    """The divisors of `number` next below and next above `value`, as text."""
+    below = next(n for n in range(min(value, number), 0, -1) if number % n == 0)
+    above = next((n for n in range(value, min(number, 2 * value) + 1) if number % n == 0), below)
+    return ", ".join(str(n) for n in sorted({below, above}))
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -214,9 +217,10 @@ class OptimConfig:
             "weight_decay",
             "head_weight_decay",
             "clip_norm",
-            "final_fraction",
+            "epsilon",
         ):
             check(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "must not be negative")
+        check(0 <= self.final_fraction <= 1, "optim.final_fraction", self.final_fraction, "must be in [0, 1]")
         check(self.timescale_steps >= 1, "optim.timescale_steps", self.timescale_steps, "must be at least 1")
         check(self.accumulate_steps >= 1, "optim.accumulate_steps", self.accumulate_steps, "must be at least 1")
         for name in ("beta1", "beta2", "ema_decay"):
@@ -264,7 +268,12 @@ class DataConfig:
         check_choice("data.crop", self.crop, ("inception", "resize", "shift"))
         check_choice("data.augment", self.augment, ("none", "randaugment", "three_augment"))
         check(0 < self.min_area <= 1, "data.min_area", self.min_area, "must be in (0, 1]")
-        check(0 < self.eval_crop_fraction <= 1, "data.eval_crop_fraction", self.eval_crop_fraction, "must be in (0, 1]")
+        check(
+            0.1 <= self.eval_crop_fraction <= 1,
+            "data.eval_crop_fraction",
+            self.eval_crop_fraction,
+            "must be in [0.1, 1]",
+        )
         check(0 <= self.random_erasing <= 1, "data.random_erasing", self.random_erasing, "must be in [0, 1]")
         check(
             0 <= self.randaugment_magnitude <= 30,
@@ -308,7 +317,7 @@ class RunConfig:
             check(getattr(self, field.name) >= 1, f"run.{field.name}", getattr(self, field.name), "must be at least 1")
 
 
-# A resumed run may change these: where and how it is computed, not what.
+# A resumed run may change these: where and how it is computed, and where the data lie (they have fingerprints).
 RESUMABLE = (
     "mesh.",
     "run.",
@@ -316,6 +325,8 @@ RESUMABLE = (
     "model.remat",
     "model.scan_unroll",
     "model.fused",
+    "data.train",
+    "data.validation",
     "data.workers",
     "data.threads",
     "data.prefetch_batches",
@@ -340,6 +351,13 @@ class Recipe:
         check(self.total_steps >= 1, "total_steps", self.total_steps, "must be at least 1")
         check(self.batch_size >= 1, "batch_size", self.batch_size, "must be at least 1")
         check(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0..4294967295")
+        check(self.total_steps < 2**31, "total_steps", self.total_steps, "must be below 2147483648")
+        ok = bool(self.name) and "/" not in self.name and self.name not in (".", "..")
+        check(ok, "name", repr(self.name), "must be a plain name: it is the work directory's in runs/")
+        for field, value in self.flat().items():
+            numbers = value if isinstance(value, list) else [value]
+            finite = all(math.isfinite(n) for n in numbers if isinstance(n, float))
+            check(finite, field, value, "must be finite")
         self.model.validate()
         self.data.validate()
         self.loss.validate()

@@ -73,7 +73,7 @@ def open_sources(recipe: Recipe) -> tuple[Source, Source]:
     ok = not (train.class_names and validation.class_names and differ)
     few = ", ".join(differ[:3])
     validation.request.check(ok, f"class folders differ from data.train's in {few}; make empty ones if need be")
-    same = names["train"] == names["validation"] and train.fingerprint() == validation.fingerprint()
+    same = train.fingerprint() == validation.fingerprint()
     validation.request.check(not same, "is the very set of data.train; name another file or folder, or a split")
     return train, validation
 

@@ -8,6 +8,7 @@ import dataclasses
 import os
 
 import jax
+from jax.sharding import Mesh
 
 from vit22b import sharding
 from vit22b.config import LADDER, Recipe, RecipeError, size
@@ -44,15 +45,32 @@ def check_state_memory(recipe: Recipe) -> None:
     parts = state_memory(recipe, shape)
     if sum(parts.values()) <= available:
         return
-    fitting = [name for name in LADDER if sum(state_memory(at_size(recipe, name), shape).values()) <= available]
+    fitting = {name: batch for name in LADDER if (batch := fitting_batch(at_size(recipe, name), shape, available))}
+    name, batch = list(fitting.items())[-1] if fitting else (next(iter(LADDER)), count)
     raise RecipeError(
         f"model.width={recipe.model.width}, model.depth={recipe.model.depth}: needs at least "
         f"{sum(parts.values()) / GIB:.1f} GiB per device ("
         + ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items())
         + f"); each of the {count} {device.device_kind} device(s) here has {available / GIB:.1f} GiB. "
-        + (f"Sizes whose state fits here: {', '.join(fitting)}; " if fitting else "")
-        + f"for example --config recipes/vit22b.py:{fitting[-1] if fitting else next(iter(LADDER))}"
+        + f"Sizes that fit here: {', '.join(fitting) or 'none'}; for example "
+        f"--config recipes/vit22b.py:{name} --config.model.remat=full --config.batch_size={batch}"
     )
+
+
+def fitting_batch(recipe: Recipe, shape: tuple[int, int, int], available: int) -> int:
+    """A batch size that should fit with full rematerialisation, 0 if none: an estimate on the safe side.
+
+    Beside the state lie gradients and updates, and an eighth of all is left free. An image takes every layer's bf16
+    input, and one layer's inner activations: about 40 values per token and width, as measured with ViT-L/16 on a GPU;
+    twice that, for safety.
+    """
+    replica, data, model = shape
+    config = recipe.model
+    state = state_memory(recipe, shape)
+    left = available - 1.125 * (sum(state.values()) + state["parameters"])
+    per_image = 2 * 2 * config.num_tokens * config.width * (config.depth + 40) / model
+    per_device = int(left / per_image)
+    return min(2 ** (per_device.bit_length() - 1), 1024) * replica * data if per_device >= 1 else 0
 
 
 def at_size(recipe: Recipe, name: str) -> Recipe:
@@ -60,8 +78,8 @@ def at_size(recipe: Recipe, name: str) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **size(name, LADDER)))
 
 
-def check_step_memory(recipe: Recipe, compiled: jax.stages.Compiled) -> None:
-    """Raises `RecipeError` where the compiled step's arguments and temporaries exceed a device's memory."""
+def check_step_memory(recipe: Recipe, compiled: jax.stages.Compiled, mesh: Mesh) -> None:
+    """Raises `RecipeError` where a compiled step's arguments and temporaries exceed a device's memory."""
     analysis = compiled.memory_analysis()
     if analysis is None:  # a platform that does not say
         return
@@ -70,10 +88,16 @@ def check_step_memory(recipe: Recipe, compiled: jax.stages.Compiled) -> None:
     available = device_memory(jax.local_devices()[0])
     if arguments + temporaries + outputs <= available:
         return
-    share = max(available - arguments - outputs, 0) / temporaries
+    unit = mesh.shape["replica"] * mesh.shape["data"] * recipe.optim.accumulate_steps * 2
+    # Gradients and updates stay, whatever the batch; the rest goes with it.
+    fixed = min(2 * state_memory(recipe, tuple(mesh.shape.values()))["parameters"], temporaries)
+    share = max(available - arguments - outputs - fixed, 0) / max(temporaries - fixed, 1)
+    smaller = int(recipe.batch_size * share) // unit * unit
+    remedies = [f"--config.batch_size={smaller}"] if smaller else []
+    remedies += [f"more optim.accumulate_steps than {recipe.optim.accumulate_steps}"]
+    remedies += ["--config.model.remat=full"] if recipe.model.remat != "full" else []
     raise RecipeError(
         f"batch_size={recipe.batch_size}: a step needs {(arguments + temporaries + outputs) / GIB:.1f} GiB per device "
         f"(state and batch {(arguments + outputs) / GIB:.1f}, temporaries {temporaries / GIB:.1f}), there are "
-        f"{available / GIB:.1f}; try a batch of about {int(recipe.batch_size * share)}, more "
-        "optim.accumulate_steps, or --config.model.remat=full"
+        f"{available / GIB:.1f}; try {' or '.join(remedies)}"
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ NUM_BINS = 15  # of confidence, as in [Guo 2017]
 )
 @dataclasses.dataclass(frozen=True)
 class ClassificationSums:
-    """Sums over examples, fp32 scalars; `bin_*` per confidence bin, (15,). Exact up to 2^24 examples."""
+    """Sums over examples, scalars; `bin_*` per confidence bin, (15,). fp32 for a batch, fp64 on the host for a set."""
 
     count: jax.Array
     loss: jax.Array
@@ -31,11 +32,15 @@ class ClassificationSums:
     bin_correct: jax.Array
 
     def __add__(self, other: "ClassificationSums") -> "ClassificationSums":
-        return jax.tree.map(jnp.add, self, other)
+        return jax.tree.map(operator.add, self, other)
+
+    def on_host(self) -> "ClassificationSums":
+        """The same in fp64; waits for the device."""
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), self)
 
     def result(self) -> dict[str, float]:
         """Loss, top-1, top-5 and expected calibration error, over all examples added up."""
-        sums = jax.tree.map(lambda x: np.asarray(x, np.float64), self)
+        sums = self.on_host()
         gaps = np.abs(sums.bin_confidence - sums.bin_correct)
         return {
             "loss": float(sums.loss / sums.count),

@@ -127,6 +127,7 @@ class ViT(nnx.Module):
         self.blocks = jax.lax.map(lambda k: Block(config, k), jax.random.split(block_key, config.depth))
         self.norm = Norm(width, config)
         self.map_head = MAPHead(config, pool_key) if config.pool == "map" else None
+        # Not split over 'model': next to the blocks' work on all tokens, one product per image is nothing.
         self.head_kernel = nnx.Param(jnp.zeros((width, config.num_classes), jnp.float32, out_sharding=P("data", None)))
         self.head_bias = vector(config.num_classes, config.head_bias)
 

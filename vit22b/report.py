@@ -29,7 +29,9 @@ class Reporter:
         self._recipe, self._workdir = recipe, workdir
         self._writes = jax.process_index() == 0
         if self._writes:
+            torn = (workdir / "metrics.jsonl").exists() and not (workdir / "metrics.jsonl").read_bytes().endswith(b"\n")
             self._metrics = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            self._metrics.write("\n" if torn else "")  # a kill may have left half a line
             self._log = open(workdir / "train.log", "a", encoding="utf-8")  # noqa: SIM115
             self._events = tensorboardX.SummaryWriter(str(workdir / "tensorboard"))
         self._bar: tqdm.tqdm | None = None
@@ -86,7 +88,7 @@ class Reporter:
         if not np.isfinite([values["loss"], values["gradient_norm"]]).all():
             raise FloatingPointError(
                 f"step {step}: loss={values['loss']}, gradient_norm={values['gradient_norm']}; its update was not "
-                "applied. Go on from the last checkpoint with a lower optim.learning_rate in a new --workdir"
+                "applied. Start again in a new --workdir, with a lower learning rate or a longer warm-up"
             )
         self._losses.append(values["loss"])
         if self._bar is not None:
@@ -112,7 +114,8 @@ class Reporter:
         if self._bar is not None:
             self._bar.set_postfix(short)
         line = f"lr {values['learning_rate']:.2e}  grad {values['gradient_norm']:.3f}"
-        self._record(step, record, "  ".join(f"{k} {v}" for k, v in short.items()) + "  " + line, on_terminal=False)
+        text = "  ".join(f"{k} {v}" for k, v in short.items()) + "  " + line
+        self._record(step, record, text, on_terminal=not sys.stderr.isatty())  # where there is no bar
 
     def evaluation(self, step: int, results: dict[str, float]) -> None:
         """Records validation metrics and redraws the curves."""
@@ -131,11 +134,11 @@ class Reporter:
         self.note(f"step {step:>7}/{self._recipe.total_steps}  {text}", on_terminal)
 
     def note(self, text: str, on_terminal: bool = True) -> None:
-        """A line for train.log, and for the terminal above the bar, or for plain output in place of it."""
+        """A line for train.log, and for the terminal, above the bar where there is one."""
         if not self._writes:
             return
         print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=self._log, flush=True)
-        if on_terminal or not sys.stderr.isatty():
+        if on_terminal:
             tqdm.tqdm.write(text, file=sys.stderr if sys.stderr.isatty() else sys.stdout)
             sys.stdout.flush()
 
@@ -151,10 +154,18 @@ def read_metrics(workdir: Path) -> dict[str, dict[int, float]]:
     """{'train/loss': {step: value}, ...} from metrics.jsonl; what a resumed run repeated counts once."""
     series: dict[str, dict[int, float]] = {}
     for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # half a line, as a kill leaves it
+            continue
         for name in record.keys() - {"step", "time"}:
             series.setdefault(name, {})[record["step"]] = record[name]
     return series
+
+
+def was_evaluated(workdir: Path, step: int) -> bool:
+    """Whether metrics.jsonl has the evaluation of a step."""
+    return step in read_metrics(workdir).get("validation/top1", {})
 
 
 def draw_curves(workdir: Path) -> None:

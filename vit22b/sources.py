@@ -94,7 +94,7 @@ class Source:
             return decode(image), label
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # all of these are Pillow's
             what = image if isinstance(image, str) else f"image {index} of the split"
-            raise self.request.error(f"cannot decode {what} ({type(e).__name__}: {e}); repair or remove it") from e
+            raise self.request.error(f"cannot decode {what} ({type(e).__name__}: {e}); repair or replace it") from e
 
     def fingerprint(self) -> str:
         """Kind, length and a hash of names or labels, not of pixels; kept in checkpoints to notice changed data."""
@@ -118,7 +118,12 @@ def open_source(spec: str, default_split: str, *, image_size: int, num_classes: 
     kind, _, rest = spec.partition(":")
     request = Request(spec, rest, default_split)
     request.check(kind in kinds, f"unknown kind of source {kind!r}; kinds: {', '.join(kinds)}{_closest(kind, kinds)}")
-    return kinds[kind](request)
+    try:
+        return kinds[kind](request)
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:  # damaged, or not what it seems
+        if isinstance(e, RecipeError):
+            raise
+        raise request.error(f"cannot be read ({type(e).__name__}: {' '.join(str(e).split())})") from e
 
 
 def _closest(word: str, choices: Iterable[str]) -> str:

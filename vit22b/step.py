@@ -118,6 +118,13 @@ def compile_train_step(recipe: Recipe, state: TrainState) -> jax.stages.Compiled
     return step.lower(state, abstract_batch(recipe)).compile()
 
 
+def compile_eval_step(recipe: Recipe, model: ViT) -> jax.stages.Compiled:
+    """`eval_step` compiled ahead of time for an abstract model, as a function of model and batch."""
+    batch = abstract_batch(recipe)
+    batch["mask"] = jax.ShapeDtypeStruct(batch["label"].shape, jnp.float32, sharding=batch["label"].sharding)
+    return jax.jit(functools.partial(eval_step, recipe)).lower(model, batch).compile()
+
+
 def eval_step(recipe: Recipe, model: ViT, batch: dict) -> ClassificationSums:
     """Sums over one padded validation batch: 'image', 'label' as in training, 'mask' fp32 (B,)."""
     logits_BC = model(normalize(batch["image"], recipe.data)).logits

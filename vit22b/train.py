@@ -6,7 +6,7 @@ bit for bit.
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -22,7 +22,8 @@ from vit22b.metrics import ClassificationSums
 from vit22b.model import ViT
 from vit22b.names import named_leaves
 from vit22b.report import Reporter
-from vit22b.step import abstract_state, compile_train_step, eval_step, init_state
+from vit22b.sources import Source
+from vit22b.step import abstract_state, compile_eval_step, compile_train_step, init_state
 
 
 def train(recipe: Recipe, sources: tuple, checkpoints: Checkpoints, reporter: Reporter) -> None:
@@ -39,8 +40,9 @@ def train(recipe: Recipe, sources: tuple, checkpoints: Checkpoints, reporter: Re
     train_fn = compile_train_step(recipe, abstract)
     reporter.note(get_parameter_overview(named_leaves(abstract.model), include_stats=False), on_terminal=False)
     reporter.note(f"compiled the train step in {time.perf_counter() - start:.1f} s")
-    check_step_memory(recipe, train_fn)
-    eval_fn = jax.jit(functools.partial(eval_step, recipe))
+    eval_fn = compile_eval_step(recipe, abstract.eval_model)
+    for compiled in (train_fn, eval_fn):
+        check_step_memory(recipe, compiled, mesh)
 
     resumed = checkpoints.latest_step is not None
     state = checkpoints.restore(abstract) if resumed else jax.jit(functools.partial(init_state, recipe))()
@@ -59,12 +61,7 @@ def train(recipe: Recipe, sources: tuple, checkpoints: Checkpoints, reporter: Re
                 host_batch = next(batches)
             batch = place(host_batch)
         reporter.step(step, metrics)
-        stopping = checkpoints.preempted(step)
-        if last or step % recipe.run.eval_every_steps == 0:
-            reporter.flush()
-            with reporter.paused():
-                results = evaluate(eval_fn, state.eval_model, data.eval_batches(validation_source, recipe, **processes))
-                reporter.evaluation(step, results)
+        stopping = checkpoints.preempted(step) and not last
         if last or stopping or step % recipe.run.checkpoint_every_steps == 0:
             reporter.flush()  # a state that is not finite is never saved
             with reporter.paused():
@@ -72,14 +69,25 @@ def train(recipe: Recipe, sources: tuple, checkpoints: Checkpoints, reporter: Re
         if stopping:
             reporter.note(f"stopped by a signal after step {step}; the same command goes on from there")
             break
+        if not last and step % recipe.run.eval_every_steps == 0:
+            reporter.flush()
+            with reporter.paused():
+                reporter.evaluation(step, evaluate(recipe, eval_fn, state.eval_model, validation_source))
+    else:  # also where only the last evaluation was missing
+        reporter.evaluation(recipe.total_steps, evaluate(recipe, eval_fn, state.eval_model, validation_source))
     batches.close()
-    checkpoints.wait()
 
 
-def evaluate(eval_fn: Callable, model: ViT, batches: Iterator[dict]) -> dict[str, float]:
+def evaluate(recipe: Recipe, eval_fn: Callable, model: ViT, source: Source) -> dict[str, float]:
     """Metrics over a whole validation set; `eval_fn(model, batch)` gives one batch's sums."""
-    sums: list[ClassificationSums] = [eval_fn(model, place(batch)) for batch in batches]
-    return functools.reduce(lambda a, b: a + b, sums).result()
+    totals: list[ClassificationSums] = []
+    pending: list[ClassificationSums] = []  # the device works on the next batch while the host adds up
+    for batch in data.eval_batches(source, recipe, jax.process_index(), jax.process_count()):
+        pending.append(eval_fn(model, place(batch)))
+        if len(pending) > 2:
+            totals.append(pending.pop(0).on_host())
+    totals += [sums.on_host() for sums in pending]
+    return functools.reduce(lambda a, b: a + b, totals).result()
 
 
 def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

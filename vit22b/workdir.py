@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from vit22b.config import RESUMABLE, Recipe, RecipeError
+from vit22b.config import RESUMABLE, Recipe, RecipeError, check
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets", "pillow")
 
@@ -18,13 +18,21 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 def open_workdir(workdir: Path, recipe: Recipe, fingerprints: dict[str, str]) -> None:
     """Makes the folder for a new run, or checks that it holds this very run; notes the start in recipe.json.
 
-    `fingerprints` identify the data sets. Raises `RecipeError` naming the first field that differs.
+    `fingerprints` identify the data sets. A start that was refused before its first record does not count. Raises
+    `RecipeError` naming the first field that differs.
     """
+    check("://" not in str(workdir), "--workdir", workdir, "must be a folder of a file system; mount the bucket")
     path = workdir / "recipe.json"
     identity = json.loads(json.dumps(recipe.flat() | {f"{k} fingerprint": v for k, v in fingerprints.items()}))
     if path.exists():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        check_same_run(workdir, content["recipe"], identity)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            before, _ = content["recipe"], content["starts"].copy
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(f"--workdir={workdir}: its recipe.json is not a run's; give a new folder") from error
+        metrics = workdir / "metrics.jsonl"
+        if metrics.exists() and metrics.stat().st_size:
+            check_same_run(workdir, before, identity)
     else:
         if workdir.exists() and any(workdir.iterdir()):
             raise RecipeError(f"--workdir={workdir}: holds files but no recipe.json; give a new or empty folder")
@@ -39,11 +47,10 @@ def open_workdir(workdir: Path, recipe: Recipe, fingerprints: dict[str, str]) ->
 
 def check_same_run(workdir: Path, old: dict[str, object], new: dict[str, object]) -> None:
     """Raises `RecipeError` unless the recipes agree in all that decides a run's result."""
-    for name in sorted(old.keys() | new.keys()):
-        before, now = old.get(name), new.get(name)
-        if before != now and not name.startswith(RESUMABLE):
+    for name in sorted(old.keys() & new.keys()):  # a field that only one version of the code has decides nothing
+        if old[name] != new[name] and not name.startswith(RESUMABLE):
             raise RecipeError(
-                f"--workdir={workdir}: holds another run, with {name}={before!r}, not {now!r}; "
+                f"--workdir={workdir}: holds another run, with {name}={old[name]!r}, not {new[name]!r}; "
                 "give another --workdir, or the recipe it was started with"
             )
 
