@@ -7,7 +7,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from vit22b.config import Recipe, RecipeError
+from vit22b.config import Recipe, RecipeError, check
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -43,7 +43,10 @@ def parse(argv: list[str]) -> tuple[Recipe, Path | None]:
         name = next(name for name in overridden if f"config.{name}=" in str(error))
         needed, now = TYPES[type(fields[name])], fields[name]
         raise RecipeError(f"{overridden[name]}: needs {needed}; the recipe has {now!r}") from error
-    return values.config, Path(values.workdir) if values.workdir else None
+    workdir = values.workdir or ""
+    # Here, since Path would make one slash of the two.
+    check("://" not in workdir, "--workdir", workdir, "must be a folder of a file system; mount the bucket")
+    return values.config, Path(workdir) if workdir else None
 
 
 def read(argv: list[str], known_only: bool) -> flags.FlagValues:

@@ -47,6 +47,8 @@ def test_every_field_can_be_overridden_alone(field):
 def test_workdir_is_given_by_a_flag():
     assert parse(["tpu.py", "--config", SMOKE, "--workdir", "a/b"])[1] == Path("a/b")
     assert parse(["tpu.py", "--config", SMOKE])[1] is None
+    with pytest.raises(RecipeError, match=r"--workdir=gs://bucket/run: must be a folder of a file system"):
+        parse(["tpu.py", "--config", SMOKE, "--workdir", "gs://bucket/run"])
 
 
 @pytest.mark.parametrize(

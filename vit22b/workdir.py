@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from vit22b.config import RESUMABLE, Recipe, RecipeError, check
+from vit22b.config import RESUMABLE, Recipe, RecipeError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets", "pillow")
 
@@ -21,14 +21,13 @@ def open_workdir(workdir: Path, recipe: Recipe, fingerprints: dict[str, str]) ->
     `fingerprints` identify the data sets. A start that was refused before its first record does not count. Raises
     `RecipeError` naming the first field that differs.
     """
-    check("://" not in str(workdir), "--workdir", workdir, "must be a folder of a file system; mount the bucket")
     path = workdir / "recipe.json"
     identity = json.loads(json.dumps(recipe.flat() | {f"{k} fingerprint": v for k, v in fingerprints.items()}))
     if path.exists():
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            before, _ = content["recipe"], content["starts"].copy
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            before, _ = content["recipe"], content["starts"]
+        except (ValueError, KeyError, TypeError) as error:
             raise RecipeError(f"--workdir={workdir}: its recipe.json is not a run's; give a new folder") from error
         metrics = workdir / "metrics.jsonl"
         if metrics.exists() and metrics.stat().st_size:
