@@ -18,7 +18,7 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check --quiet
 REQS := $(strip requirements.txt $(if $(filter cuda tpu,$(DEVICE)),requirements-$(DEVICE).txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format lock clean
+.PHONY: help install demo plan test check format lock clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,11 @@ install: $(VENV)/.installed ## Build the environment for this machine's CPU, GPU
 
 demo: install ## Train the smoke recipe into runs/smoke; more flags in ARGS
 	$(BIN)/python launch/tpu.py --config recipes/smoke.py $(ARGS)
+
+# In an environment of its own: with libtpu installed, JAX would look for TPUs in every run.
+plan: ## Compile ViT-22B for 1,024 TPU v4 chips, here; another recipe and cluster in ARGS
+	@$(MAKE) --no-print-directory install DEVICE=tpu VENV=.venv-plan
+	.venv-plan/bin/python launch/plan.py $(or $(ARGS),--config recipes/vit22b.py --topology v4:8x8x16)
 
 test: $(VENV)/.installed-test ## Run the tests; pytest options in ARGS
 	$(BIN)/python -m pytest $(ARGS)
@@ -50,7 +55,7 @@ lock: $(VENV)/.made ## Pin requirements*.in in requirements*.txt; ARGS=--upgrade
 	done
 
 clean: ## Remove the environment and all caches; runs/ stays
-	@test ! -e $(VENV)/pyvenv.cfg || rm -rf $(VENV)
+	@for venv in $(VENV) .venv-plan; do test ! -e $$venv/pyvenv.cfg || rm -rf $$venv; done
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache
 	@find . -path ./runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 

@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "stochastic_depth": 0.1,
             "init": "mimetic",
             "fused": True,
+            "overlap": True,
             "remat": "full",
         },
         "loss": {"label_smoothing": 0.1, "z_loss": 1e-4},

@@ -49,7 +49,7 @@ RECIPES = {
 }
 DEBUG = {name: recipe for name, recipe in RECIPES.items() if name.startswith("debug")}
 # The 22B recipe on the chips of its paper, all others on 8 devices.
-SHAPES = {name: (1, 256, 4) if name == "vit22b:22B" else mesh_shape(recipe.mesh, 8) for name, recipe in RECIPES.items()}
+SHAPES = {name: (16, 16, 4) if name == "vit22b:22B" else mesh_shape(recipe.mesh, 8) for name, recipe in RECIPES.items()}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -96,6 +96,8 @@ class ModelConfig:
     # One matmul for projections that share an input or an output, or one each. Measured on an H200, bf16, parallel
     # block, layers unrolled: L/16 at batch 256 41.3 % MFU fused, 46.9 % not; width 6144 at batch 64 58.4 %, 61.0 %.
     fused: bool = False
+    # Communication over 'data' and 'model' in rings beside the matmuls, or as XLA arranges it; see vit22b/ring.py.
+    overlap: bool = False
     attention: str = "auto"  # 'auto', 'xla', 'cudnn'
     remat: str = "none"  # recomputed in the backward pass: 'none', 'full', 'dots', 'attention'; see model.REMAT
     scan_unroll: int = 1  # layers per iteration of the scan; >= depth: no loop at all
@@ -154,6 +156,12 @@ class ModelConfig:
             dim, what = (self.width, "width") if self.position == "sincos" else (self.head_dim, "head dim")
             check(dim % 4 == 0, "model.position", repr(self.position), f"needs a {what} divisible by 4, not {dim}")
         check(self.class_token or self.pool != "cls", "model.pool", "'cls'", "needs --config.model.class_token=true")
+        check(
+            not self.overlap or self.remat != "dots",
+            "model.remat",
+            "'dots'",
+            "saves nothing of matmuls in rings (model.overlap=true); choose one of none, full, attention",
+        )
         check(
             self.matmul == "bf16" or self.attention != "cudnn",
             "model.attention",
@@ -325,6 +333,7 @@ RESUMABLE = (
     "model.remat",
     "model.scan_unroll",
     "model.fused",
+    "model.overlap",
     "data.train",
     "data.validation",
     "data.workers",

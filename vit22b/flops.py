@@ -1,37 +1,15 @@
-"""Matmul FLOPs of a model and the peak of a device, for MFU.
+"""Matmul FLOPs: those of a model, for MFU, and those that a traced function executes.
 
-A multiply-add counts as two. Norms, softmax and other elementwise work, and whatever rematerialisation
-computes again, are not counted: MFU is useful work over peak [Chowdhery 2022, appendix B].
+A multiply-add counts as two. Norms, softmax and other elementwise work are not counted; for MFU, neither is whatever
+rematerialisation computes again: it is useful work over peak [Chowdhery 2022, appendix B].
 """
 
-import jax
+import math
+from typing import Any
+
+from jax.extend import core
 
 from vit22b.config import ModelConfig
-
-# Dense bf16 FLOP/s of one device by `device_kind`: the vendors' data sheets (NVIDIA without sparsity; a TPU v2/v3
-# device is one core, half a chip; a v4 device is a chip).
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Dense bf16 FLOP/s of the device, None where it is not known."""
-    return PEAK_FLOPS.get(device.device_kind)
 
 
 def forward_flops(config: ModelConfig) -> int:
@@ -48,3 +26,37 @@ def forward_flops(config: ModelConfig) -> int:
 def train_flops(config: ModelConfig) -> int:
     """Matmul FLOPs of one image's training step: the backward pass costs two forward passes."""
     return 3 * forward_flops(config)
+
+
+def executed_flops(jaxpr: core.Jaxpr) -> int:
+    """Matmul FLOPs of a traced function on all devices together, with what it computes twice.
+
+    Loops count as often as they run, shards as often as there are devices. Of a `cond` the largest branch counts; a
+    `while` of unknown length, of which the step has none with matmuls, counts once.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left: Any = equation.invars[0].aval
+            result: Any = equation.outvars[0].aval
+            total += 2 * math.prod(left.shape[i] for i in contracted) * math.prod(result.shape)
+            continue
+        inner = [executed_flops(sub) for sub in subjaxprs(equation)]
+        times = 1
+        if equation.primitive.name == "scan":
+            times = equation.params["length"]
+        elif equation.primitive.name == "shard_map":
+            times = math.prod(equation.params["mesh"].shape[axis] for axis in equation.params["newly_manual_axes"])
+        total += times * (max(inner, default=0) if equation.primitive.name == "cond" else sum(inner))
+    return total
+
+
+def subjaxprs(equation: core.JaxprEqn) -> list[core.Jaxpr]:
+    """The functions that an equation calls when it is executed; rules for derivatives are not."""
+    found = []
+    for name, value in equation.params.items():
+        for item in value if isinstance(value, tuple | list) else [value]:
+            if isinstance(item, core.ClosedJaxpr | core.Jaxpr) and not name.startswith(("fwd", "bwd", "jvp")):
+                found.append(item.jaxpr if isinstance(item, core.ClosedJaxpr) else item)
+    return found

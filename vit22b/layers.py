@@ -18,12 +18,9 @@ from jax.sharding import reshard
 
 from vit22b import init
 from vit22b.config import ModelConfig
-from vit22b.sharding import BATCH, HEADS, HIDDEN, RESIDUAL
+from vit22b.linear import KERNEL_IN, KERNEL_OUT, column_parallel, row_parallel
+from vit22b.sharding import HEADS, HIDDEN
 
-DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
-KERNEL_IN = P("data", "model")  # (D, K): read by column_parallel
-KERNEL_OUT = P("model", "data")  # (K, D): read by row_parallel
-COLUMN, ROW = P(None, "model"), P("model", None)  # the same kernels gathered over 'data' for use
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -40,44 +37,6 @@ def new_kernel(key: jax.Array, shape: tuple[int, int], spec: P, config: ModelCon
 def vector(size: int, value: float = 0.0) -> nnx.Param:
     """A replicated fp32 vector: norm scale, bias or LayerScale."""
     return nnx.Param(jnp.full((size,), value, jnp.float32))
-
-
-def matmul(equation: str, x: jax.Array, w: jax.Array, out_sharding: P) -> jax.Array:
-    """einsum in the operands' dtype; fp32 means fp32, also where hardware would round its inputs."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, w, precision=precision, out_sharding=out_sharding)
-
-
-def column_parallel(x_BTD: jax.Array, kernels: list[nnx.Param], fused: bool) -> list[jax.Array]:
-    """`x @ kernel` for each (D, K) kernel: a list of (B, T, K), K split over 'model'.
-
-    Fused: one matmul over the kernels side by side. Joining happens within each shard, hence without
-    communication, in the copy that casting and gathering the weights makes anyway.
-    """
-    weights = [reshard(w[...].astype(x_BTD.dtype), COLUMN) for w in kernels]
-    if not fused or len(weights) == 1:
-        return [matmul("btd,dk->btk", x_BTD, w, HIDDEN) for w in weights]
-    joined = jax.shard_map(lambda *w: jnp.concatenate(w, 1), in_specs=COLUMN, out_specs=COLUMN)(*weights)
-    y_BTK = matmul("btd,dk->btk", x_BTD, joined, HIDDEN)
-
-    def split(y):
-        widths = [w.shape[1] * y.shape[2] // joined.shape[1] for w in weights]
-        return tuple(jnp.split(y, [sum(widths[:i]) for i in range(1, len(widths))], axis=2))
-
-    return list(jax.shard_map(split, in_specs=HIDDEN, out_specs=HIDDEN)(y_BTK))
-
-
-def row_parallel(inputs: list[jax.Array], kernels: list[jax.Array], fused: bool) -> jax.Array:
-    """The sum over pairs of `x @ kernel`, (B, T, K) @ (K, D) with K split over 'model': (B, T, D) as RESIDUAL.
-
-    Fused: one matmul over the inputs side by side, which reads and writes a joined copy of them.
-    """
-    weights = [reshard(w.astype(x.dtype), ROW) for x, w in zip(inputs, kernels, strict=True)]
-    if fused and len(inputs) > 1:
-        inputs = [jax.shard_map(lambda *x: jnp.concatenate(x, 2), in_specs=HIDDEN, out_specs=HIDDEN)(*inputs)]
-        weights = [jax.shard_map(lambda *w: jnp.concatenate(w, 0), in_specs=ROW, out_specs=ROW)(*weights)]
-    outputs = [matmul("btk,kd->btd", x, w, RESIDUAL) for x, w in zip(inputs, weights, strict=True)]
-    return functools.reduce(jnp.add, outputs)
 
 
 class Norm(nnx.Module):
@@ -123,7 +82,10 @@ class Branch(nnx.Module):
 
     def scaled(self, w: nnx.Param) -> jax.Array:
         """A kernel or bias of the output with LayerScale folded in."""
-        return w[...] if self.scale is None else w[...] * self.scale[...]
+        if self.scale is None:
+            return w[...]
+        # Of the kernel's type where its gradient is summed over replicas later; see linear.sum_replicas_later.
+        return w[...] * reshard(self.scale[...], P(reduced=jax.typeof(w[...]).sharding.spec.reduced))
 
 
 class Attention(Branch):
@@ -240,19 +202,18 @@ class MLP(Branch):
 
 
 def apply_branches(
-    norm: Norm, branches: list[Branch], x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array] | None, fused: bool
+    norm: Norm, branches: list[Branch], x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array] | None, config: ModelConfig
 ) -> jax.Array:
     """What the branches, reading one norm of the residual stream, add to it: (B, T, D) to (B, T, D)."""
-    h_BTD = reshard(norm(x_BTD), BATCH)  # matmuls read the whole width, the stream is split over 'model'
     inputs = [pair for branch in branches for pair in branch.inputs]
-    ys = column_parallel(h_BTD, [w for w, _ in inputs], fused)
+    ys = column_parallel(norm(x_BTD), [w for w, _ in inputs], config)
     ys = add_biases(ys, [bias for _, bias in inputs])
     hidden = []
     for branch in branches:
         count = len(branch.inputs)
         hidden.append(branch.hidden(ys[:count], rope))
         ys = ys[count:]
-    out_BTD = row_parallel(hidden, [branch.scaled(branch.out) for branch in branches], fused)
+    out_BTD = row_parallel(hidden, [branch.scaled(branch.out) for branch in branches], config)
     for branch in branches:
         if branch.out_bias is not None:
             out_BTD = out_BTD + branch.scaled(branch.out_bias).astype(out_BTD.dtype)

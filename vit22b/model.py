@@ -17,19 +17,16 @@ from jax.sharding import reshard
 from vit22b import init
 from vit22b.config import ModelConfig
 from vit22b.layers import (
-    COLUMN,
-    DTYPES,
     MLP,
     Attention,
     Norm,
     add_biases,
     apply_branches,
-    column_parallel,
-    matmul,
     rope_angles,
-    row_parallel,
     vector,
 )
+from vit22b.linear import COLUMN, column_parallel, row_parallel, sum_replicas_later
+from vit22b.matmul import DTYPES, matmul
 from vit22b.sharding import BATCH, RESIDUAL
 
 # What a layer keeps for its backward pass; the rest is computed again.
@@ -55,7 +52,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         attention_key, mlp_key = jax.random.split(key)
-        self.fused = config.fused
+        self.config = config
         self.norm = Norm(config.width, config)
         self.attention = Attention(config, attention_key, config.qk_norm, config.layer_scale)
         self.mlp_norm = Norm(config.width, config) if config.block == "sequential" else None
@@ -73,7 +70,7 @@ class Block(nnx.Module):
         else:
             steps = [(self.norm, [self.attention]), (self.mlp_norm, [self.mlp])]
         for i, (norm, branches) in enumerate(steps):
-            y_BTD = apply_branches(norm, branches, x_BTD, rope, self.fused)
+            y_BTD = apply_branches(norm, branches, x_BTD, rope, self.config)
             x_BTD = x_BTD + (y_BTD if keep_SB11 is None else y_BTD * keep_SB11[i])
         return x_BTD
 
@@ -83,7 +80,7 @@ class MAPHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         probe_key, attention_key, mlp_key = jax.random.split(key, 3)
-        self.fused = config.fused
+        self.config = dataclasses.replace(config, overlap=False)  # once a step: not worth rings
         self.probe = nnx.Param(init.xavier(probe_key, (1, config.width), P()))
         # The probe attends to tokens, not tokens to one another: mimetic initialization says nothing about that.
         config = dataclasses.replace(config, init="xavier" if config.init == "mimetic" else config.init)
@@ -93,15 +90,14 @@ class MAPHead(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """(B, T, D) to (B, D)."""
-        x_BTD = reshard(x_BTD, BATCH)
         probe = self.probe[...].astype(x_BTD.dtype)
         query_B1D = jnp.broadcast_to(probe, (x_BTD.shape[0], *probe.shape), out_sharding=BATCH)
         (query, *key_value), biases = zip(*self.attention.inputs, strict=True)
-        projected = column_parallel(query_B1D, [query], self.fused) + column_parallel(x_BTD, key_value, self.fused)
+        projected = column_parallel(query_B1D, [query], self.config) + column_parallel(x_BTD, key_value, self.config)
         hidden = self.attention.hidden(add_biases(projected, biases), rope=None)
-        y_B1D = row_parallel([hidden], [self.attention.out[...]], self.fused)
+        y_B1D = row_parallel([hidden], [self.attention.out[...]], self.config)
         y_B1D = add_biases([y_B1D], [self.attention.out_bias])[0]
-        return (y_B1D + apply_branches(self.norm, [self.mlp], y_B1D, None, self.fused))[:, 0]
+        return (y_B1D + apply_branches(self.norm, [self.mlp], y_B1D, None, self.config))[:, 0]
 
 
 class ViT(nnx.Module):
@@ -211,7 +207,8 @@ class ViT(nnx.Module):
         looped = config.scan_unroll < depth
         if config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=not looped)
-        carry, inputs = (x_BTD, kept), (self.blocks, rates, slots, keys)
+        blocks = sum_replicas_later(self.blocks) if config.overlap else self.blocks
+        carry, inputs = (x_BTD, kept), (blocks, rates, slots, keys)
         if looped:
             carry, _ = jax.lax.scan(layer, carry, inputs, unroll=config.scan_unroll)
         else:

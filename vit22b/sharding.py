@@ -7,8 +7,11 @@ as in ViT-22B [Dehghani 2023, section 3.2]. All axes are Explicit: shardings are
 so a forgotten one is an error at trace time instead of a silent copy.
 """
 
+import itertools
+
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -66,8 +69,43 @@ def check_divisibility(recipe: Recipe, shape: tuple[int, int, int]) -> None:
 
 
 def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of real devices, all axes Explicit."""
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    """A mesh of real devices, all axes Explicit.
+
+    On a TPU slice the axes lie along the dimensions of its torus, or parts of them, and neighbours on `model` are
+    neighbours there, the last and the first included: what rings need (vit22b/ring.py).
+    """
+    devices = jax.devices() if devices is None else devices
+    placed = fold_onto_torus(shape, devices)
+    if placed is None:
+        placed = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def fold_onto_torus(shape: tuple[int, int, int], devices: list[jax.Device]) -> np.ndarray | None:
+    """The devices, by mesh axis, with each row of `model` walking around a rectangle of chips, two wide.
+
+    None where that does not apply: not one device per chip of a torus, or `model` fills a dimension, which is a ring
+    as it is.
+    """
+    if shape[2] < 4 or shape[2] % 2 or not hasattr(devices[0], "coords"):
+        return None
+    dims = np.max([d.coords for d in devices], axis=0) + 1
+    if np.prod(dims) != len(devices) or shape[2] in dims:
+        return None
+    chips = np.empty(dims, object)
+    for device in devices:
+        chips[tuple(device.coords)] = device
+    half = shape[2] // 2
+    for long, wide in itertools.permutations(range(3), 2):
+        rest = 3 - long - wide
+        # `data` varies fastest after `model`: let it have the third dimension, where it can.
+        if dims[long] % half or dims[wide] % 2 or shape[1] % dims[rest]:
+            continue
+        blocks = chips.transpose(wide, long, rest).reshape(dims[wide] // 2, 2, dims[long] // half, half, dims[rest])
+        there, back = blocks[:, 0], blocks[:, 1, :, ::-1]
+        rings = np.concatenate([there, back], axis=2)  # wide / 2, long / half, model, rest
+        return rings.transpose(0, 1, 3, 2).reshape(shape)
+    return None
 
 
 def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:

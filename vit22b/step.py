@@ -112,10 +112,14 @@ def train_step(recipe: Recipe, state: TrainState, batch: dict) -> tuple[TrainSta
     return state, {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate}
 
 
+def trace_train_step(recipe: Recipe, state: TrainState) -> jax.stages.Traced:
+    """The train step for an abstract state on the mesh in force; the state given to it is donated."""
+    return jax.jit(functools.partial(train_step, recipe), donate_argnums=0).trace(state, abstract_batch(recipe))
+
+
 def compile_train_step(recipe: Recipe, state: TrainState) -> jax.stages.Compiled:
-    """The train step compiled ahead of time for an abstract state; the state given to it is donated."""
-    step = jax.jit(functools.partial(train_step, recipe), donate_argnums=0)
-    return step.lower(state, abstract_batch(recipe)).compile()
+    """The traced step, compiled ahead of time."""
+    return trace_train_step(recipe, state).lower().compile()
 
 
 def compile_eval_step(recipe: Recipe, model: ViT) -> jax.stages.Compiled:

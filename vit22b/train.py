@@ -16,7 +16,8 @@ from jax.sharding import NamedSharding, get_mesh
 from vit22b import data, sharding
 from vit22b.checkpoint import Checkpoints
 from vit22b.config import Recipe
-from vit22b.flops import peak_flops, train_flops
+from vit22b.flops import train_flops
+from vit22b.hardware import peak_flops
 from vit22b.memory import check_step_memory
 from vit22b.metrics import ClassificationSums
 from vit22b.model import ViT

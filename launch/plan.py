@@ -1,0 +1,141 @@
+"""Says whether a recipe fits a cluster, how fast it can go there and what to change; needs none of its devices.
+
+    python launch/plan.py --config recipes/vit22b.py --topology v4:8x8x16 [--json FILE] [--search]
+
+--topology  v4:8x8x16, v5e:16x16, v5p:8x8x8, v6e:16x16: TPU slices, for which the real train step is compiled (needs
+            libtpu: pip install -r requirements-tpu.txt); gpu:h200x8x16: 16 servers of 8 GPUs, estimated by formulas;
+            cpu:8: compiled for 8 simulated devices, for exact memory classes and collectives, no times.
+--json      writes the figures to a file, with the keys of Plan in vit22b/plan.py.
+--search    tries meshes, rematerialisation, batch sizes and momentum dtypes by formulas, compiles the best three, the
+            recipe as it is among them, and lists what fits with the flags to paste. What is not compiled is an
+            estimate, scaled by what the compiled ones took of theirs.
+
+What the figures mean:
+state       parameters, optimizer with EMA, batch: exact. temporaries: gradients, activations, gathered weights, at the
+            peak. peak: all together, donated buffers once. GiB of one device.
+compute     matmul FLOPs of the traced step, rematerialised ones included, at the chip's peak. Leaves out norms, softmax
+            and other elementwise work, memory traffic, and tiles that do not fill the matrix units.
+communication: bytes that collectives bring to a device over its links' rate. Leaves out latencies.
+exposed     what of it no compute hides, in the compiled order of instructions with XLA's own time for each of them.
+bound       compute + exposed: a run is faster only if it hides more. Train days, chip-hours and the bound on MFU follow
+            from it. MFU counts the model's FLOPs, not rematerialised ones, as ViT-22B's measured 54.9 % does.
+estimate    TPU: the sum of XLA's own estimates, which know memory traffic, plus what is exposed; GPU: formulas
+            calibrated on an H200. Both leave out the input pipeline, evaluation, checkpoints and stragglers.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch.command_line import parse
+from vit22b import search, sharding
+from vit22b.analytic import estimate
+from vit22b.cluster import Cluster, open_cluster
+from vit22b.config import Recipe, RecipeError
+from vit22b.hardware import GIB
+from vit22b.plan import Plan, make_plan
+
+
+def show(plan: Plan) -> str:
+    """The plan as a table for a terminal."""
+
+    def number(value: float | None, form: str, unit: str = "") -> str:
+        return "not known" if value is None else f"{value:{form}}{unit}"
+
+    def share(value: float | None) -> str:
+        return "not known" if value is None else f"{100 * value:.1f} %"
+
+    mesh = " x ".join(f"{axis} {count}" for axis, count in plan.mesh.items())
+    state = ", ".join(f"{name} {value:.2f}" for name, value in plan.state_gib_per_device.items())
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "limit not known"}[plan.fits]
+    rows = [
+        ("recipe", f"{plan.recipe}, {plan.params / 1e6:,.1f} M parameters, batch {plan.batch_size:,}"),
+        ("devices", f"{plan.devices:,} x {plan.device_kind} ({plan.topology}), mesh {mesh}"),
+        ("state", f"{state} GiB per device"),
+        ("temporaries", number(plan.temp_gib_per_device, ".2f", " GiB per device")),
+        ("peak", f"{number(plan.peak_gib_per_device, '.2f')} of {number(plan.hbm_gib, '.2f')} GiB: {verdict}"),
+        ("compute", f"{number(plan.compute_s, '.3f', ' s')} at peak for {plan.executed_flops_per_step:.3e} FLOPs"),
+        (
+            "communication",
+            f"{number(plan.communication_s, '.3f', ' s')}, {number(plan.exposed_s, '.3f', ' s')} exposed",
+        ),
+        ("step, bound", f"{number(plan.step_s_bound, '.3f', ' s')}, MFU at most {share(plan.mfu_bound)}"),
+        ("step, estimate", f"{number(plan.step_s_estimate, '.3f', ' s')}, MFU {share(plan.mfu_estimate)}"),
+        ("all steps", f"{number(plan.train_days, '.1f', ' days')}, {number(plan.chip_hours, ',.0f', ' chip-hours')}"),
+        ("compiled in", number(plan.compile_s, ".0f", " s") if plan.method == "compiled" else "not compiled"),
+    ]
+    lines = [f"{name:15} {text}" for name, text in rows]
+    lines += ["", f"{'collectives':20}{'a layer':>9}{'a step':>9}{'async':>9}{'GiB':>9}{'s':>9}{'exposed s':>11}"]
+    for kind, row in plan.collectives.items():
+        lines.append(
+            f"{kind:20}{row['per_layer']:9.0f}{row['total']:9.0f}{row['asynchronous']:9.0f}"
+            f"{row['bytes_per_step'] / GIB:9.2f}{row['seconds']:9.3f}{row['exposed_seconds']:11.3f}"
+        )
+    if plan.method == "compiled":
+        blocking = "; ".join(plan.blocking_in_layers) or "none"
+        lines += ["", f"blocking collectives above 1 MiB in the layers: {blocking}"]
+    return "\n".join(lines)
+
+
+def run_search(recipe: Recipe, cluster: Cluster) -> list[search.Candidate]:
+    """The best candidates on the cluster, the compiled ones first."""
+    chip = cluster.chip
+    if chip is None:
+        raise RecipeError(f"--search: needs a topology of known speed, not {cluster.name}; for example v4:8x8x16")
+
+    def compile_step(candidate: Recipe, shape: tuple[int, int, int]) -> tuple[float, float] | None:
+        if cluster.devices is None:
+            return None
+        plan = make_plan(candidate, cluster)
+        peak = (plan.peak_gib_per_device or 0.0) * GIB if plan.fits else float("inf")
+        return peak, plan.step_s_estimate or plan.step_s_bound or 0.0
+
+    return search.search(
+        recipe,
+        cluster.num_devices,
+        chip.memory,
+        lambda candidate, shape: estimate(candidate, chip, shape, cluster.devices_per_node),
+        compile_step,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+    )
+    parser.add_argument("--topology", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--search", action="store_true", help=argparse.SUPPRESS)
+    arguments, rest = parser.parse_known_args()
+    try:
+        if arguments.topology is None:
+            raise RecipeError("--topology: give one, for example --topology v4:8x8x16")
+        recipe, workdir = parse([sys.argv[0], *rest])
+        if workdir is not None:
+            raise RecipeError(f"--workdir={workdir}: a plan writes nothing but --json FILE")
+        cluster = open_cluster(arguments.topology)
+        recipe.validate()
+        sharding.mesh_shape(recipe.mesh, cluster.num_devices)
+        if arguments.search:
+            found = run_search(recipe, cluster)
+            print(search.show(found))
+            figures: object = [candidate.figures for candidate in found]
+            fits = True
+        else:
+            plan = make_plan(recipe, cluster)
+            print(show(plan))
+            figures, fits = dataclasses.asdict(plan), plan.fits is not False
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+        return 0 if fits else 1
+    except (RecipeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

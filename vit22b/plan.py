@@ -1,0 +1,239 @@
+"""What a recipe needs and how fast it can go on machines that need not be there.
+
+Where a compiler for them is at hand (TPUs, CPUs), the train step itself is compiled, the function that training
+calls; for GPU clusters vit22b/analytic.py estimates.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+import time
+
+import jax
+import numpy as np
+
+from vit22b import analytic, hlo, sharding
+from vit22b.cluster import Cluster, Torus
+from vit22b.config import Recipe
+from vit22b.flops import executed_flops, train_flops
+from vit22b.hardware import GIB
+from vit22b.memory import state_memory
+from vit22b.step import abstract_batch, abstract_state, trace_train_step
+
+LARGE = 2**20  # bytes: a smaller blocking collective, such as a norm's statistics, is not worth hiding
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Plan:
+    """A plan's figures under stable names; GiB are 2^30 bytes, and of one device; None: not known here."""
+
+    recipe: str
+    topology: str
+    method: str  # 'compiled': the real step; 'analytic': formulas
+    devices: int
+    device_kind: str
+    mesh: dict[str, int]
+    batch_size: int
+    params: int
+    state_gib_per_device: dict[str, float]  # 'parameters', 'optimizer', 'batch'
+    temp_gib_per_device: float | None  # all else, at the peak
+    peak_gib_per_device: float | None  # state, outputs and temporaries; donated buffers once
+    hbm_gib: float | None
+    fits: bool | None
+    model_flops_per_step: int  # of all devices, nothing rematerialised: MFU's
+    executed_flops_per_step: int  # as traced, with what is rematerialised
+    collectives: dict[str, dict[str, float]]  # by kind; see `count_collectives`
+    layer_collectives: list[dict]  # those within loops, alike ones together; see `describe`
+    blocking_in_layers: list[str]  # of these, those above 1 MiB that are not asynchronous
+    compute_s: float | None  # executed FLOPs at peak
+    communication_s: float | None  # all collectives, one after the other, at the links' full rate
+    exposed_s: float | None  # of these, what nothing hides
+    step_s_bound: float | None  # compute_s + exposed_s
+    mfu_bound: float | None
+    step_s_estimate: float | None  # with XLA's own estimate of each instruction; or, analytic, calibrated
+    mfu_estimate: float | None
+    train_days: float | None  # all steps at step_s_bound
+    chip_hours: float | None  # the same, of all devices
+    compile_s: float | None
+
+
+def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
+    """Compiles or estimates the recipe's train step there.
+
+    Raises `RecipeError` where the mesh does not fill the cluster or does not divide the model. A step that does not
+    fit gives a plan that says so.
+    """
+    recipe.validate()
+    shape = sharding.mesh_shape(recipe.mesh, cluster.num_devices)
+    sharding.check_divisibility(recipe, shape)
+    return _estimated(recipe, cluster, shape) if cluster.devices is None else _compiled(recipe, cluster, shape)
+
+
+def _compiled(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int]) -> Plan:
+    assert cluster.devices is not None
+    mesh = sharding.make_mesh(shape, cluster.devices)
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        state = sharding.concrete(abstract_state(recipe), mesh)
+        traced = trace_train_step(recipe, state)
+        batch = sharding.bytes_per_device(abstract_batch(recipe))
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+            if needed is None:
+                raise
+            plan = _without_step(recipe, cluster, shape, batch, executed_flops(traced.jaxpr.jaxpr))
+            plan.temp_gib_per_device, plan.hbm_gib = float(needed[1]), float(needed[2])
+            plan.peak_gib_per_device = plan.temp_gib_per_device + sum(plan.state_gib_per_device.values())
+            plan.fits, plan.compile_s = False, round(time.perf_counter() - start, 1)
+            return plan
+    plan = _without_step(recipe, cluster, shape, batch, executed_flops(traced.jaxpr.jaxpr))
+    plan.compile_s = round(time.perf_counter() - start, 1)
+    memory = compiled.memory_analysis()
+    if memory is not None:
+        peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+        plan.peak_gib_per_device = peak / GIB
+        plan.temp_gib_per_device = (peak - memory.argument_size_in_bytes) / GIB
+        plan.fits = None if plan.hbm_gib is None else plan.peak_gib_per_device <= plan.hbm_gib
+    links, clock = None, 0.0
+    if cluster.chip is not None and hasattr(cluster.devices[0], "coords"):
+        coords = np.array([device.coords for device in mesh.devices.flat])
+        links, clock = Torus(coords, cluster.chip.link_bandwidth), cluster.chip.clock
+    replay = hlo.Replay(hlo.parse(compiled.as_text()), cluster.num_devices, links, clock)
+    plan.collectives = count_collectives(replay.collectives, recipe.model.depth)
+    in_layers = [c for c in replay.collectives if c.in_layers]
+    plan.layer_collectives = describe(in_layers)
+    plan.blocking_in_layers = [
+        f"{c.kind} of {c.bytes / 2**20:.1f} MiB ({c.name})" for c in in_layers if not c.asynchronous and c.bytes > LARGE
+    ]
+    if links is not None:
+        communication = sum(c.seconds * c.runs for c in replay.collectives)
+        exposed = sum(c.exposed * c.runs for c in replay.collectives) if clock else None
+        _set_times(plan, recipe, cluster, communication, exposed, replay.seconds if clock else None)
+    return plan
+
+
+def _estimated(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int]) -> Plan:
+    assert cluster.chip is not None
+    estimate = analytic.estimate(recipe, cluster.chip, shape, cluster.devices_per_node)
+    executed = round(estimate.flops * cluster.num_devices)
+    plan = _without_step(recipe, cluster, shape, estimate.memory["batch"], executed)
+    plan.peak_gib_per_device = sum(estimate.memory.values()) / GIB
+    plan.temp_gib_per_device = plan.peak_gib_per_device - sum(plan.state_gib_per_device.values())
+    plan.fits = plan.peak_gib_per_device <= cluster.chip.memory / GIB
+    for traffic in estimate.traffic:
+        row = plan.collectives.setdefault(traffic.kind, dict.fromkeys(COLUMNS, 0))
+        row["per_layer"] += traffic.per_layer
+        row["total"] += traffic.total
+        row["bytes_per_step"] += traffic.bytes
+        row["asynchronous"] += traffic.total if traffic.hidden else 0
+        row["seconds"] += traffic.seconds
+    _set_times(plan, recipe, cluster, estimate.communication_s, estimate.exposed_s, estimate.step_s)
+    return plan
+
+
+def _without_step(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int], batch: int, executed: int) -> Plan:
+    """All that is known before a step is compiled or estimated."""
+    state = state_memory(recipe, shape)
+    with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(shape)):
+        params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_state(recipe).model))
+    return Plan(
+        recipe=recipe.name,
+        topology=cluster.name,
+        method="analytic" if cluster.devices is None else "compiled",
+        devices=cluster.num_devices,
+        device_kind=cluster.device_kind,
+        mesh=dict(zip(sharding.AXES, shape, strict=True)),
+        batch_size=recipe.batch_size,
+        params=params,
+        state_gib_per_device={
+            "parameters": state["parameters"] / GIB,
+            "optimizer": state["optimizer"] / GIB,
+            "batch": batch / GIB,
+        },
+        hbm_gib=None if cluster.chip is None else cluster.chip.memory / GIB,
+        model_flops_per_step=train_flops(recipe.model) * recipe.batch_size,
+        executed_flops_per_step=executed,
+        collectives={},
+        layer_collectives=[],
+        blocking_in_layers=[],
+        **dict.fromkeys(
+            (
+                *("temp_gib_per_device", "peak_gib_per_device", "fits", "compute_s", "communication_s", "exposed_s"),
+                *("step_s_bound", "mfu_bound", "step_s_estimate", "mfu_estimate", "train_days", "chip_hours"),
+                "compile_s",
+            )
+        ),
+    )
+
+
+def _set_times(
+    plan: Plan, recipe: Recipe, cluster: Cluster, communication: float, exposed: float | None, estimate: float | None
+) -> None:
+    """Fills in what follows from seconds of communication, of what of it is exposed, and of the estimated step."""
+    assert cluster.chip is not None
+    peak = cluster.chip.peak_flops * cluster.num_devices
+    plan.compute_s = plan.executed_flops_per_step / peak
+    plan.communication_s, plan.exposed_s = communication, exposed
+    plan.step_s_bound = plan.compute_s + (exposed or 0.0)  # nothing is known to be exposed without a replay
+    plan.mfu_bound = plan.model_flops_per_step / (peak * plan.step_s_bound)
+    if estimate is not None:
+        plan.step_s_estimate, plan.mfu_estimate = estimate, plan.model_flops_per_step / (peak * estimate)
+    plan.train_days = recipe.total_steps * plan.step_s_bound / 86_400
+    plan.chip_hours = 24 * plan.train_days * cluster.num_devices
+
+
+COLUMNS = ("per_layer", "total", "bytes_per_step", "asynchronous", "seconds", "exposed_seconds", "beside_seconds")
+
+
+def count_collectives(found: list[hlo.Collective], depth: int) -> dict[str, dict[str, float]]:
+    """By kind, for one device and one step.
+
+    'per_layer': how many one layer runs, forward and backward together; 'total', and of them 'asynchronous';
+    'bytes_per_step' that the device receives; 'seconds' on the links, of them 'exposed_seconds' for which the core
+    waits; 'beside_seconds' of compute between their starts and ends.
+    """
+    table: dict[str, dict[str, float]] = {}
+    layers: collections.Counter = collections.Counter()
+    for c in found:
+        row = table.setdefault(c.kind, dict.fromkeys(COLUMNS, 0))
+        row["total"] += c.runs
+        row["asynchronous"] += c.runs if c.asynchronous else 0
+        row["bytes_per_step"] += c.bytes * c.runs
+        row["seconds"] += c.seconds * c.runs
+        row["exposed_seconds"] += c.exposed * c.runs
+        row["beside_seconds"] += c.beside * c.runs
+        layers[c.kind] += c.runs if c.in_layers else 0
+    for kind, row in table.items():
+        row["per_layer"] = layers[kind] / depth
+    return table
+
+
+def describe(found: list[hlo.Collective]) -> list[dict]:
+    """One entry for all collectives of the same kind and size.
+
+    'count' instructions, of which each moves 'bytes', in 'runs' executions a step all together; of one execution the
+    mean 'seconds' on the links, 'beside_s' of compute between start and end, 'exposed_s' for which the core waits.
+    """
+    alike: dict[tuple, list[hlo.Collective]] = {}
+    for c in found:
+        alike.setdefault((c.kind, c.bytes, c.asynchronous), []).append(c)
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    return [
+        {
+            "kind": kind,
+            "bytes": size,
+            "asynchronous": asynchronous,
+            "count": len(same),
+            "runs": sum(c.runs for c in same),
+            "seconds": mean([c.seconds for c in same]),
+            "beside_s": mean([c.beside for c in same]),
+            "exposed_s": mean([c.exposed for c in same]),
+        }
+        for (kind, size, asynchronous), same in sorted(alike.items(), key=lambda item: -item[0][1])
+    ]
