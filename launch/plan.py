@@ -5,22 +5,25 @@
 --topology  v4:8x8x16, v5e:16x16, v5p:8x8x8, v6e:16x16: TPU slices, for which the real train step is compiled (needs
             libtpu: pip install -r requirements-tpu.txt); gpu:h200x8x16: 16 servers of 8 GPUs, estimated by formulas;
             cpu:8: compiled for 8 simulated devices, for exact memory classes and collectives, no times.
---json      writes the figures to a file, with the keys of Plan in vit22b/plan.py.
+--json      writes the figures to a new file, with the keys of Plan in vit22b/plan.py.
 --search    tries meshes, rematerialisation, batch sizes and momentum dtypes by formulas, compiles the best three, the
             recipe as it is among them, and lists what fits with the flags to paste. What is not compiled is an
             estimate, scaled by what the compiled ones took of theirs.
 
 What the figures mean:
-state       parameters, optimizer with EMA, batch: exact. temporaries: gradients, activations, gathered weights, at the
-            peak. peak: all together, donated buffers once. GiB of one device.
+state       parameters, optimizer with EMA, batch, without what a chip's layouts pad. temporaries: gradients,
+            activations, gathered weights, at the peak. peak: all together, donated buffers once. GiB of one device.
+            GPUs: by formulas, within 14 % of what an H200 took.
 compute     matmul FLOPs of the traced step, rematerialised ones included, at the chip's peak. Leaves out norms, softmax
             and other elementwise work, memory traffic, and tiles that do not fill the matrix units.
 communication: bytes that collectives bring to a device over its links' rate. Leaves out latencies.
 exposed     what of it no compute hides, in the compiled order of instructions with XLA's own time for each of them.
-bound       compute + exposed: a run is faster only if it hides more. Train days, chip-hours and the bound on MFU follow
-            from it. MFU counts the model's FLOPs, not rematerialised ones, as ViT-22B's measured 54.9 % does.
+bound       compute + exposed: a run is faster only if it hides more. MFU counts the model's FLOPs, not rematerialised
+            ones, as ViT-22B's measured 54.9 % does.
 estimate    TPU: the sum of XLA's own estimates, which know memory traffic, plus what is exposed; GPU: formulas
             calibrated on an H200. Both leave out the input pipeline, evaluation, checkpoints and stragglers.
+
+Exit status: 0, the step fits or nothing says that it does not; 1, it does not fit; 2, a mistake, told in one line.
 """
 
 import argparse
@@ -41,44 +44,56 @@ from vit22b.plan import Plan, make_plan
 
 
 def show(plan: Plan) -> str:
-    """The plan as a table for a terminal."""
-
-    def number(value: float | None, form: str, unit: str = "") -> str:
-        return "not known" if value is None else f"{value:{form}}{unit}"
-
-    def share(value: float | None) -> str:
-        return "not known" if value is None else f"{100 * value:.1f} %"
-
+    """The plan as a table for a terminal; what is not known there is left out."""
     mesh = " x ".join(f"{axis} {count}" for axis, count in plan.mesh.items())
-    state = ", ".join(f"{name} {value:.2f}" for name, value in plan.state_gib_per_device.items())
-    verdict = {True: "fits", False: "DOES NOT FIT", None: "limit not known"}[plan.fits]
+    state = ", ".join(f"{name} {short(value)}" for name, value in plan.state_gib_per_device.items())
     rows = [
         ("recipe", f"{plan.recipe}, {plan.params / 1e6:,.1f} M parameters, batch {plan.batch_size:,}"),
         ("devices", f"{plan.devices:,} x {plan.device_kind} ({plan.topology}), mesh {mesh}"),
         ("state", f"{state} GiB per device"),
-        ("temporaries", number(plan.temp_gib_per_device, ".2f", " GiB per device")),
-        ("peak", f"{number(plan.peak_gib_per_device, '.2f')} of {number(plan.hbm_gib, '.2f')} GiB: {verdict}"),
-        ("compute", f"{number(plan.compute_s, '.3f', ' s')} at peak for {plan.executed_flops_per_step:.3e} FLOPs"),
-        (
-            "communication",
-            f"{number(plan.communication_s, '.3f', ' s')}, {number(plan.exposed_s, '.3f', ' s')} exposed",
-        ),
-        ("step, bound", f"{number(plan.step_s_bound, '.3f', ' s')}, MFU at most {share(plan.mfu_bound)}"),
-        ("step, estimate", f"{number(plan.step_s_estimate, '.3f', ' s')}, MFU {share(plan.mfu_estimate)}"),
-        ("all steps", f"{number(plan.train_days, '.1f', ' days')}, {number(plan.chip_hours, ',.0f', ' chip-hours')}"),
-        ("compiled in", number(plan.compile_s, ".0f", " s") if plan.method == "compiled" else "not compiled"),
     ]
+    if plan.peak_gib_per_device is not None:
+        verdict = {True: "fits", False: "DOES NOT FIT", None: "their limit is not known"}[plan.fits]
+        limit = "" if plan.hbm_gib is None else f" of {short(plan.hbm_gib)}"
+        rows += [
+            ("temporaries", f"{short(plan.temp_gib_per_device)} GiB per device"),
+            ("peak", f"{short(plan.peak_gib_per_device)}{limit} GiB per device: {verdict}"),
+        ]
+    if plan.fits is False:
+        rows.append(("try", "--search, a smaller --config.batch_size, --config.model.remat=full, more devices"))
+    if plan.compute_s is not None:
+        exposed = "" if plan.exposed_s is None else f", {short(plan.exposed_s)} s exposed"
+        whole = f"all steps in {short(plan.train_days)} days, {short(plan.chip_hours)} chip-hours"
+        rows += [
+            ("compute", f"{short(plan.compute_s)} s at peak for {plan.executed_flops_per_step:.3e} FLOPs"),
+            ("communication", f"{short(plan.communication_s)} s{exposed}"),
+            ("bound", f"{short(plan.step_s_bound)} s a step, MFU at most {100 * (plan.mfu_bound or 0):.1f} %; {whole}"),
+        ]
+        if plan.step_s_estimate is not None:
+            whole = f"all steps in {short(plan.train_days_estimate)} days, {short(plan.chip_hours_estimate)} chip-hours"
+            mfu = 100 * (plan.mfu_estimate or 0)
+            rows.append(("estimate", f"{short(plan.step_s_estimate)} s a step, MFU {mfu:.1f} %; {whole}"))
+    elif plan.fits is None and plan.device_kind.startswith("TPU"):
+        rows.append(("speed", f"not known: vit22b/hardware.py has no row for {plan.device_kind}"))
+    if plan.compile_s is not None:
+        rows.append(("compiled in", f"{plan.compile_s:.0f} s"))
     lines = [f"{name:15} {text}" for name, text in rows]
-    lines += ["", f"{'collectives':20}{'a layer':>9}{'a step':>9}{'async':>9}{'GiB':>9}{'s':>9}{'exposed s':>11}"]
+    if plan.collectives:
+        lines += ["", f"{'collectives':20}{'a layer':>9}{'a step':>9}{'async':>9}{'GiB':>9}{'s':>9}{'exposed s':>11}"]
     for kind, row in plan.collectives.items():
         lines.append(
             f"{kind:20}{row['per_layer']:9.0f}{row['total']:9.0f}{row['asynchronous']:9.0f}"
-            f"{row['bytes_per_step'] / GIB:9.2f}{row['seconds']:9.3f}{row['exposed_seconds']:11.3f}"
+            f"{short(row['bytes_per_step'] / GIB):>9}{short(row['seconds']):>9}{short(row['exposed_seconds']):>11}"
         )
-    if plan.method == "compiled":
+    if plan.blocking_in_layers is not None and plan.collectives:
         blocking = "; ".join(plan.blocking_in_layers) or "none"
         lines += ["", f"blocking collectives above 1 MiB in the layers: {blocking}"]
     return "\n".join(lines)
+
+
+def short(value: float | None) -> str:
+    """Three digits at least."""
+    return "?" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def run_search(recipe: Recipe, cluster: Cluster) -> list[search.Candidate]:
@@ -91,7 +106,9 @@ def run_search(recipe: Recipe, cluster: Cluster) -> list[search.Candidate]:
         if cluster.devices is None:
             return None
         plan = make_plan(candidate, cluster)
-        peak = (plan.peak_gib_per_device or 0.0) * GIB if plan.fits else float("inf")
+        peak = (plan.peak_gib_per_device or 0.0) * GIB
+        if not plan.fits:  # XLA's limit is a little below the chip's memory
+            peak = max(peak, chip.memory + 1)
         return peak, plan.step_s_estimate or plan.step_s_bound or 0.0
 
     return search.search(
@@ -105,18 +122,27 @@ def run_search(recipe: Recipe, cluster: Cluster) -> list[search.Candidate]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--topology", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--search", action="store_true", help=argparse.SUPPRESS)
-    arguments, rest = parser.parse_known_args()
     try:
+        arguments, rest = parser.parse_known_args()
         if arguments.topology is None:
             raise RecipeError("--topology: give one, for example --topology v4:8x8x16")
         recipe, workdir = parse([sys.argv[0], *rest])
         if workdir is not None:
             raise RecipeError(f"--workdir={workdir}: a plan writes nothing but --json FILE")
+        if arguments.json is not None:
+            if arguments.json.exists():
+                raise RecipeError(f"--json={arguments.json}: is there already; give a new file")
+            if not arguments.json.parent.is_dir():
+                raise RecipeError(f"--json={arguments.json}: there is no folder {arguments.json.parent}")
         cluster = open_cluster(arguments.topology)
         recipe.validate()
         sharding.mesh_shape(recipe.mesh, cluster.num_devices)
@@ -132,7 +158,7 @@ def main() -> int:
         if arguments.json is not None:
             arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
         return 0 if fits else 1
-    except (RecipeError, OSError) as error:
+    except (RecipeError, OSError, argparse.ArgumentError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -38,10 +38,10 @@ def recipe(batch_size: int = 16, optim: OptimConfig | None = None, **model) -> R
 
 
 @pytest.mark.parametrize("row", RECORDED, ids=[row["name"] for row in RECORDED])
-def test_recorded_steps_are_predicted_within_15_percent_in_time_and_25_in_memory(row: dict) -> None:
+def test_recorded_steps_are_predicted_within_8_percent_in_time_and_15_in_memory(row: dict) -> None:
     found = estimate(recorded_recipe(row), H200, tuple(row["mesh"]), devices_per_node=8)
-    assert found.step_s == pytest.approx(row["step_s"], rel=0.15)
-    assert sum(found.memory.values()) / 2**30 == pytest.approx(row["peak_gib"], rel=0.25)
+    assert found.step_s == pytest.approx(row["step_s"], rel=0.08)
+    assert sum(found.memory.values()) / 2**30 == pytest.approx(row["peak_gib"], rel=0.15)
     arguments = sum(found.memory[part] for part in ("parameters", "optimizer", "batch"))
     assert arguments / 2**30 == pytest.approx(row["arguments_gib"], rel=0.01)
 
@@ -65,7 +65,7 @@ def test_flops_of_a_tiny_model_by_hand() -> None:
         ((2, 1, 2), {"remat": "none", "block": "sequential", "mlp": "swiglu"}),
         ((2, 1, 2), {"remat": "dots"}),
         ((2, 1, 2), {"remat": "attention"}),
-        ((1, 2, 2), {"overlap": True, "remat": "dots", "pool": "map"}),
+        ((1, 2, 2), {"overlap": True, "remat": "full", "pool": "map"}),
         ((1, 2, 1), {"block": "sequential", "pool": "map", "optim": OptimConfig(accumulate_steps=2)}),
         ((1, 1, 1), {"mlp": "swiglu", "optim": OptimConfig(name="muon")}),
     ],
@@ -129,7 +129,6 @@ CASES: list[tuple[Shape, dict]] = [
     ((1, 1, 2), {"block": "sequential", "mlp": "gelu", "norm": "layer", "qk_norm": "width"}),
     ((1, 1, 2), {"remat": "dots"}),
     ((1, 1, 2), {"remat": "dots", "block": "sequential", "mlp": "swiglu"}),
-    ((1, 1, 2), {"remat": "dots", "overlap": True}),
     ((1, 1, 2), {"remat": "attention"}),
     ((1, 1, 2), {"remat": "full", "block": "sequential"}),
 ]
@@ -163,18 +162,15 @@ def test_a_layer_keeps_for_its_gradient_what_jax_says(shape: Shape, changes: dic
 def test_the_more_is_recomputed_the_less_memory_and_the_more_flops(chip, overlap: bool) -> None:
     found = [
         estimate(recipe(batch_size=256, remat=remat, overlap=overlap), chip, (1, 2, 2), devices_per_node=8)
-        for remat in ("none", "dots", "attention", "full")
+        for remat in ("none", "attention", "full") + ("dots",) * (not overlap)
     ]
-    memory = [e.memory["activations"] for e in found]
-    if overlap:  # products inside of rings are not seen by 'dots'
-        assert memory[1] == memory[3]
-        del memory[1]
+    memory = [e.memory["activations"] for e in found[:3]]
     assert memory == sorted(memory, reverse=True)
     assert len(set(memory)) == len(memory)
-    none, dots, attention, full = (e.flops for e in found)
-    assert none < dots <= full
+    none, attention, full, *dots = (e.flops for e in found)
     assert none < attention <= full
-    assert (dots == full) is overlap
+    assert all(none < flops < full for flops in dots)
+    assert all(memory[0] > e.memory["activations"] > memory[2] for e in found[3:])
 
 
 @pytest.mark.parametrize("chip", [H200, V4])

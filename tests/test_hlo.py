@@ -47,7 +47,7 @@ CLOCK = 1e9
 
 
 def replay(bandwidth: float) -> tuple[hlo.Replay, dict[str, hlo.Collective]]:
-    found = hlo.Replay(hlo.parse(TEXT), 4, Torus(CUBE, bandwidth), CLOCK)
+    found = hlo.Replay(hlo.parse(TEXT), 4, Torus(CUBE, bandwidth), CLOCK, layer_trips=2)
     return found, {c.kind: c for c in found.collectives}
 
 
@@ -85,7 +85,7 @@ def test_permutes_on_the_same_links_wait_for_one_another_and_others_do_not() -> 
         lines = [starts.format(n=f"s{i}", p=t) for i, t in enumerate(texts)]
         lines += [dones.format(n=f"s{i}") for i in range(len(ways))]
         text = "ENTRY %main (a: f32[1024]) -> f32[1024] {\n  " + "\n  ".join(lines) + "\n}\n"
-        return hlo.Replay(hlo.parse(text), 4, Torus(CUBE, 4096e6), CLOCK).seconds
+        return hlo.Replay(hlo.parse(text), 4, Torus(CUBE, 4096e6), CLOCK, layer_trips=2).seconds
 
     assert seconds(pairs) == pytest.approx(1e-6)
     assert seconds(pairs, pairs[:, ::-1]) == pytest.approx(1e-6)  # the other direction
@@ -138,7 +138,7 @@ def test_a_compiled_program_holds_the_collectives_that_were_written(mesh: MeshFa
             (8 * 16,), jnp.float32, sharding=jax.NamedSharding(jax.sharding.get_mesh(), P("model"))
         )
         text = jax.jit(local).lower(x).compile().as_text()
-    found = {c.kind: c for c in hlo.Replay(hlo.parse(text), 8, None, 0.0).collectives}
+    found = {c.kind: c for c in hlo.Replay(hlo.parse(text), 8, None, 0.0, layer_trips=5).collectives}
     assert {kind: (c.runs, c.bytes, c.in_layers) for kind, c in found.items()} == {
         "all-reduce": (5, 2 * 64 * 7 // 8, True),
         "all-gather": (1, 512 * 7 // 8, False),
@@ -148,6 +148,120 @@ def test_a_compiled_program_holds_the_collectives_that_were_written(mesh: MeshFa
 
 def test_a_loop_of_unknown_length_and_other_texts_are_errors() -> None:
     with pytest.raises(ValueError, match="while: a loop of unknown length"):
-        hlo.Replay(hlo.parse(TEXT.replace("constant(2)", "parameter(1)")), 4, None, 0.0)
+        hlo.Replay(hlo.parse(TEXT.replace("constant(2)", "parameter(1)")), 4, None, 0.0, layer_trips=2)
     with pytest.raises(ValueError, match="not the text of a compiled module"):
         hlo.parse("hello")
+
+
+def entry(*lines: str, before: str = "") -> str:
+    return (
+        before
+        + "ENTRY %main (a: f32[1024]) -> f32[1024] {\n  %a = f32[1024]{0} parameter(0)\n  "
+        + "\n  ".join(lines)
+        + "\n}\n"
+    )
+
+
+def computation(name: str, *lines: str) -> str:
+    return (
+        f"%{name} (p: f32[1024]) -> f32[256] {{\n  %p = f32[1024]{{0}} parameter(0)\n  "
+        + "\n  ".join(lines)
+        + "\n}\n\n"
+    )
+
+
+SCATTER = "%rs = f32[256]{0} reduce-scatter(%p), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add"
+WORK = '%work = f32[1024]{0} fusion(%a), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"100"}'
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "received", "asynchronous"),
+    [
+        (entry(SCATTER.replace("%p", "%a")), "reduce-scatter", 3 * 1024, False),
+        (
+            entry(
+                "%s = ((f32[1024]), f32[256], u32[]) async-start(%a), calls=%wrapped",
+                WORK,
+                "%u = ((f32[1024]), f32[256], u32[]) async-update(%s)",
+                "%d = f32[256]{0} async-done(%u)",
+                before=computation("wrapped", SCATTER),
+            ),
+            "reduce-scatter",
+            3 * 1024,
+            True,
+        ),
+        (
+            entry(
+                "%s = ((f32[1024], token[]), f32[256]) call-start(%a, %token), to_apply=%wrapped",
+                WORK,
+                "%d = f32[256]{0} call-done(%s)",
+                before=computation("wrapped", SCATTER),
+            ),
+            "reduce-scatter",
+            3 * 1024,
+            True,
+        ),
+        (
+            entry(
+                "%b = bf16[8]{0} parameter(1)",
+                "%s = ((f32[1024]{0}, bf16[8]{0}), (f32[4096]{0}, bf16[32]{0})) all-gather-start(%a, %b), "
+                "replica_groups={{0,1,2,3}}, dimensions={0}",
+                WORK,
+                "%d = (f32[4096]{0}, bf16[32]{0}) all-gather-done(%s)",
+            ),
+            "all-gather",
+            3 * (4096 + 16),
+            True,
+        ),
+        (
+            entry(
+                "%f1 = f32[256]{0} fusion(%a), kind=kCustom, calls=%outer",
+                before=computation("inner", SCATTER)
+                + computation("outer", "%f2 = f32[256]{0} fusion(%p), kind=kLoop, calls=%inner"),
+            ),
+            "reduce-scatter",
+            3 * 1024,
+            False,
+        ),
+        (
+            entry(
+                "%c = f32[256]{0} conditional(%a, %a, %a), branch_computations={%one, %two}",
+                before=computation("one", SCATTER) + computation("two", "%n = f32[256]{0} negate(%p)"),
+            ),
+            "reduce-scatter",
+            3 * 1024,
+            False,
+        ),
+        (entry("%g = f8e4m3fn[4096]{0} all-gather(%a), replica_groups={{0,1,2,3}}"), "all-gather", 3 * 1024, False),
+    ],
+    ids=["plain", "wrapped", "on another core", "combined", "in fusions", "in a branch", "eight bits"],
+)
+def test_collectives_are_found_wherever_compilers_put_them(
+    text: str, kind: str, received: int, asynchronous: bool
+) -> None:
+    ran = hlo.Replay(hlo.parse(text), 4, Torus(CUBE, 1e9), CLOCK, layer_trips=2)
+    (found,) = ran.collectives
+    assert (found.kind, found.bytes, found.asynchronous) == (kind, received, asynchronous)
+    if asynchronous:
+        assert found.beside == pytest.approx(100e-9)
+        assert found.exposed == pytest.approx(found.seconds - 100e-9)
+    else:
+        assert found.exposed == found.seconds == ran.seconds > 0
+
+
+def test_what_is_not_waited_for_where_it_began_is_exposed_to_the_end() -> None:
+    start = "%s = (f32[1024]{0}, f32[1024]{0}) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}"
+    ran = hlo.Replay(hlo.parse(entry(start, WORK)), 4, Torus(CUBE, 4096e6), CLOCK, layer_trips=2)
+    assert ran.seconds == pytest.approx(1e-6)
+    assert ran.collectives[0].exposed == pytest.approx(0.9e-6)
+
+
+def test_a_collective_in_a_place_not_understood_is_an_error() -> None:
+    text = entry("%c = f32[256]{0} custom-call(%a), called_computations={%odd}", before=computation("odd", SCATTER))
+    with pytest.raises(ValueError, match="odd: rs would not be counted"):
+        hlo.Replay(hlo.parse(text), 4, None, 0.0, layer_trips=2)
+
+
+def test_only_the_loop_over_layers_is_the_layers() -> None:
+    ran = hlo.Replay(hlo.parse(TEXT), 4, None, 0.0, layer_trips=3)
+    assert [c.in_layers for c in ran.collectives] == [False, False]

@@ -159,7 +159,7 @@ def test_layers_communicate_by_permutes_and_replicas_once_a_step(shape: tuple, m
     )
     with mesh(*shape) as m:
         compiled = compile_train_step(recipe, sharding.concrete(abstract_state(recipe), m))
-    found = Replay(parse(compiled.as_text()), 8, None, 0.0).collectives
+    found = Replay(parse(compiled.as_text()), 8, None, 0.0, layer_trips=3).collectives
     kernel = 32 * 32 * 4 // (shape[1] * shape[2])  # bytes of the smallest kernel's shard
     in_layers = {c.kind for c in found if c.in_layers and c.bytes >= kernel}
     assert in_layers == {"collective-permute"}
@@ -176,6 +176,12 @@ def test_rematerialising_dots_with_rings_is_refused() -> None:
         dataclasses.replace(MODEL, overlap=True, remat="dots").validate()
 
 
+def test_several_layers_per_iteration_with_rings_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"model.scan_unroll=2: with model.overlap=true must be 1, or model.depth=4"):
+        dataclasses.replace(MODEL, overlap=True, depth=4, scan_unroll=2).validate()
+    dataclasses.replace(MODEL, overlap=True, depth=4, scan_unroll=4).validate()
+
+
 def chips(*dims: int) -> list:
     """Devices of a torus, in the order in which TPUs number them: the first dimension fastest."""
     ranges = [range(n) for n in reversed(dims)]
@@ -184,7 +190,14 @@ def chips(*dims: int) -> list:
 
 @pytest.mark.parametrize(
     ("dims", "shape"),
-    [((8, 8, 16), (16, 16, 4)), ((8, 8, 16), (1, 256, 4)), ((4, 4, 4), (2, 4, 8)), ((4, 4, 1), (1, 2, 8))],
+    [
+        ((8, 8, 16), (16, 16, 4)),
+        ((8, 8, 16), (1, 256, 4)),
+        ((4, 4, 4), (2, 4, 8)),
+        ((4, 4, 1), (1, 2, 8)),
+        ((4, 4, 1), (1, 4, 4)),
+        ((2, 2, 4), (1, 4, 4)),
+    ],
 )
 def test_neighbours_on_the_model_axis_are_neighbours_on_the_torus(dims: tuple, shape: tuple) -> None:
     placed = sharding.fold_onto_torus(shape, chips(*dims))

@@ -105,8 +105,7 @@ class Layer:
         config = recipe.model
         self.replica, self.data, self.model = shape
         self.fused_attention = fused_attention
-        # Products inside of rings are hidden from the policy that would save them.
-        self.remat = "full" if config.overlap and config.remat == "dots" else config.remat
+        self.remat = config.remat
         self.images = recipe.batch_size // (self.replica * self.data * recipe.optim.accumulate_steps)
         self.tokens = self.images * config.num_tokens
         self.item = 2 if config.matmul == "bf16" else 4
@@ -277,7 +276,7 @@ def bandwidth(chip: Chip, shape: tuple[int, int, int], axis: str, devices_per_no
     index = ("replica", "data", "model").index(axis)
     stride = math.prod(shape[index + 1 :])
     inside = max(devices_per_node // stride, 1)
-    if shape[index] <= inside:
+    if devices_per_node % (stride * shape[index]) == 0:  # no group is on two servers
         return LINK_EFFICIENCY * chip.link_bandwidth
     cards = min(inside, 2) if kind == "collective-permute" else inside
     return LINK_EFFICIENCY * min(cards * chip.network_bandwidth, chip.link_bandwidth)

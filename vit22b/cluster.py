@@ -8,6 +8,7 @@ cpu:8             8 simulated devices of this machine
 import collections
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Collection, Hashable
@@ -18,6 +19,7 @@ from jax.experimental import topologies
 
 from vit22b.config import RecipeError
 from vit22b.hardware import CHIPS, Chip
+from vit22b.sharding import closed_dimensions
 
 GPUS = {
     "a100": "NVIDIA A100-SXM4-80GB",
@@ -26,6 +28,7 @@ GPUS = {
     "l4": "NVIDIA L4",
     "l40s": "NVIDIA L40S",
 }
+LARGEST = 16_384  # devices: more than any slice has
 EXAMPLES = "v4:8x8x16, v5e:16x16, v5p:8x8x8, v6e:16x16, gpu:h200x8x16, cpu:8"
 
 
@@ -68,6 +71,8 @@ def _gpu(name: str, shape: str) -> Cluster:
             f"--topology={name}: needs gpu:KINDxGPUSxSERVERS with KIND one of {', '.join(GPUS)}, as gpu:h200x8x16"
         )
     kind, per_node, nodes = GPUS[match[1]], int(match[2]), int(match[3] or 1)
+    if per_node > 8 or per_node * nodes > LARGEST:
+        raise RecipeError(f"--topology={name}: at most 8 GPUs per server, which NVLink joins, and {LARGEST} in all")
     return Cluster(
         name=name,
         num_devices=per_node * nodes,
@@ -84,8 +89,10 @@ def _tpu(name: str, generation: str, shape: str) -> Cluster:
     if importlib.util.find_spec("libtpu") is None:
         raise RecipeError(f"--topology={name}: compiling for TPUs needs libtpu: pip install -r requirements-tpu.txt")
     dims = [int(n) for n in re.findall(r"\d+", shape)]
-    if not re.fullmatch(r"\d+(x\d+){1,2}", shape) or 0 in dims:
-        raise RecipeError(f"--topology={name}: needs the torus of chips behind the colon; for example {EXAMPLES}")
+    if not re.fullmatch(r"\d+(x\d+){1,2}", shape) or not 0 < math.prod(dims) <= LARGEST:
+        raise RecipeError(
+            f"--topology={name}: needs the torus of at most {LARGEST} chips behind the colon; for example {EXAMPLES}"
+        )
     # No machine's metadata are asked for, several plans may run at once, and libtpu does not warn of the missing TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -117,8 +124,7 @@ def _tpu(name: str, generation: str, shape: str) -> Cluster:
 class Torus:
     """The links between a TPU slice's chips: two in each dimension of the torus, one per direction.
 
-    A dimension closes to a ring in slices of full cubes of 4 x 4 x 4 for the generations with three dimensions, and at
-    16 chips for those with two. The answers are lower bounds: routes are shortest, one dimension after
+    The answers are lower bounds: routes are shortest, one dimension after
     the other; a collective other than a permute uses all links of the dimensions it spans, evenly.
     """
 
@@ -126,8 +132,7 @@ class Torus:
         """`coords`: (devices, 3), in the order of the mesh; `bandwidth`: bytes/s of a link in one direction."""
         self._coords, self._bandwidth = coords, bandwidth
         self._shape = coords.max(axis=0) + 1
-        cubes = all(n % 4 == 0 for n in self._shape)
-        self._closed = [n == 16 if self._shape[2] == 1 else cubes for n in self._shape]
+        self._closed = closed_dimensions(self._shape)
         self._known: dict[bytes, tuple[int, frozenset[Hashable]]] = {}
 
     def seconds(self, kind: str, count: int, peers: np.ndarray) -> tuple[float, Collection[Hashable]]:

@@ -156,6 +156,13 @@ class ModelConfig:
             dim, what = (self.width, "width") if self.position == "sincos" else (self.head_dim, "head dim")
             check(dim % 4 == 0, "model.position", repr(self.position), f"needs a {what} divisible by 4, not {dim}")
         check(self.class_token or self.pool != "cls", "model.pool", "'cls'", "needs --config.model.class_token=true")
+        # The types of weights in rings are too new for JAX 0.10 to cut them up into several layers per iteration.
+        check(
+            not self.overlap or self.scan_unroll == 1 or self.scan_unroll >= self.depth,
+            "model.scan_unroll",
+            self.scan_unroll,
+            f"with model.overlap=true must be 1, or model.depth={self.depth} and more",
+        )
         check(
             not self.overlap or self.remat != "dots",
             "model.remat",

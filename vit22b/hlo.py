@@ -14,8 +14,11 @@ from typing import Protocol
 
 import numpy as np
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
-ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
+KINDS = (
+    *("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast"),
+    "ragged-all-to-all",
+)
+ITEM_BYTES = {"pred": 1, "bf16": 2, "token": 0}  # of other types the first number is the bits
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,9 +73,14 @@ def parse(text: str) -> Module:
 
 def array_bytes(result: str) -> list[int]:
     """Bytes of each array of a result's type."""
+
+    def item_bytes(kind: str) -> int:
+        bits = re.search(r"\d+", kind)
+        return ITEM_BYTES[kind] if kind in ITEM_BYTES else -(-int(bits[0]) // 8) if bits else 0
+
     return [
-        ITEM_BYTES.get(kind, 4) * int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64))
-        for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", result)
+        item_bytes(kind) * int(np.prod([int(n) for n in dims.split(",") if n], dtype=np.int64))
+        for kind, dims in re.findall(r"\b([a-z][a-z\d]*)\[([\d,]*)\]", result)
     ]
 
 
@@ -97,7 +105,7 @@ class Collective:
     name: str
     bytes: int  # that a device receives in one execution
     runs: int
-    in_layers: bool  # within a loop
+    in_layers: bool  # within the loop over layers
     asynchronous: bool
     seconds: float  # on the links, one execution
     exposed: float = 0.0  # of these, while the core waits
@@ -140,30 +148,37 @@ class Links(Protocol):
 class Replay:
     """The step as it runs, by XLA's estimates for the core and the links' rates; see the module's docstring.
 
-    `links` says how long a collective takes and what it occupies, `clock` what a cycle is (0: no estimates).
+    `links` says how long a collective takes and what it occupies, `clock` what a cycle is (0: no estimates). Loops that
+    run `layer_trips` times, and what is within them, are the layers. Raises ValueError where the module holds
+    collectives in places that are not understood.
     """
 
-    def __init__(self, module: Module, num_devices: int, links: "Links | None", clock: float):
+    def __init__(self, module: Module, num_devices: int, links: Links | None, clock: float, layer_trips: int):
         self.collectives: list[Collective] = []
         self._module, self._num_devices, self._links, self._clock = module, num_devices, links, clock
+        self._layer_trips = layer_trips
+        self._seen: set[str] = set()
         self.seconds = self._run(module.entry, runs=1, in_layers=False)
+        for name, instructions in module.computations.items():
+            lost = [i.name for i in instructions if i.opcode.removesuffix("-start") in KINDS]
+            if lost and name not in self._seen:
+                raise ValueError(f"{name}: {', '.join(lost)} would not be counted")
 
     def _run(self, name: str, runs: int, in_layers: bool) -> float:
         """Seconds that one execution of a computation takes; notes its collectives as executed `runs` times."""
+        self._seen.add(name)
         now = busy = 0.0
         free: dict[Hashable, float] = {}  # when each link is free again
         under_way: dict[str, tuple[Collective, float, float]] = {}  # by name: end on the links, `busy` at the start
         for i in self._module.computations[name]:
-            kind, started = self._collective_in(i)
-            if i.opcode == "while":
-                trips = trip_count(self._module, i)
-                seconds = trips * self._run(i.attribute("body") or "", runs * trips, in_layers=True)
+            collective = self._collective_in(i)
+            first = i.operands[0] if i.operands else ""
+            if i.opcode in ("while", "call", "conditional"):
+                seconds = self._run_called(i, runs, in_layers)
                 now, busy = now + seconds, busy + seconds
-            elif i.opcode == "call":
-                seconds = self._run(i.attribute("to_apply") or "", runs, in_layers)
-                now, busy = now + seconds, busy + seconds
-            elif kind is not None:
-                found, occupied = self._measure(kind, i, runs, in_layers, started)
+            elif collective is not None and first not in under_way:
+                started = i.opcode.endswith("-start")
+                found, occupied = self._measure(i, collective, runs, in_layers, started)
                 self.collectives.append(found)
                 if started:
                     begin = max([now, *(free.get(link, 0.0) for link in occupied)])
@@ -173,49 +188,65 @@ class Replay:
                 else:  # at once: its packets pass between those under way
                     found.exposed = found.seconds
                     now += found.seconds
-            elif i.opcode.endswith("-done") and i.operands and i.operands[0] in under_way:
-                found, end, busy_before = under_way.pop(i.operands[0])
+            elif i.opcode.endswith("-update") and first in under_way:
+                under_way[i.name] = under_way.pop(first)
+            elif i.opcode.endswith("-done") and first in under_way:
+                found, end, busy_before = under_way.pop(first)
                 found.beside, found.exposed = busy - busy_before, max(end - now, 0.0)
                 now = max(now, end)
             elif self._clock:
                 seconds = i.cycles / self._clock
                 now, busy = now + seconds, busy + seconds
+        for found, end, busy_before in under_way.values():  # what ends elsewhere, such as in a loop's next iteration
+            found.beside, found.exposed = busy - busy_before, max(end - now, 0.0)
+            now = max(now, end)
         return now
 
-    def _collective_in(self, i: Instruction) -> tuple[str | None, bool]:
-        """The kind of collective that an instruction is, or contains, and whether it only starts it."""
-        for kind in KINDS:
-            if i.opcode in (kind, f"{kind}-start"):
-                return kind, i.opcode.endswith("-start")
-        if i.opcode not in ("fusion", "async-start"):
-            return None, False
-        called = i.attribute("calls") or ""
+    def _run_called(self, i: Instruction, runs: int, in_layers: bool) -> float:
+        """Seconds of a loop, of a call, or of the longest branch."""
+        if i.opcode == "while":
+            trips = trip_count(self._module, i)
+            in_layers = in_layers or trips == self._layer_trips
+            return trips * self._run(i.attribute("body") or "", runs * trips, in_layers)
+        if i.opcode == "call":
+            return self._run(i.attribute("to_apply") or "", runs, in_layers)
+        listed = re.search(r"branch_computations=\{([^}]*)\}", i.attributes)
+        names = re.findall(r"%?([\w.\-]+)", listed[1]) if listed else []
+        names += [n for side in ("true", "false") if (n := i.attribute(f"{side}_computation"))]
+        return max((self._run(name, runs, in_layers) for name in names), default=0.0)
+
+    def _collective_in(self, i: Instruction) -> tuple[str, Instruction] | None:
+        """The kind of collective that an instruction is, or contains, and the collective itself."""
+        if i.opcode.removesuffix("-start") in KINDS:
+            return i.opcode.removesuffix("-start"), i
+        if i.opcode not in ("fusion", "async-start", "call-start"):
+            return None
+        called = i.attribute("calls") or i.attribute("to_apply") or ""
         for inner in self._module.computations.get(called, []):
-            if inner.opcode in KINDS:
-                scatters = inner.opcode == "all-reduce" and "scatter" in called  # TPUs: an all-reduce and a slice
-                return "reduce-scatter" if scatters else inner.opcode, i.opcode == "async-start"
-        return None, False
+            if (found := self._collective_in(inner)) is not None:
+                self._seen.add(called)
+                kind = found[0]
+                # TPUs: an all-reduce of which each device keeps a slice.
+                return "reduce-scatter" if kind == "all-reduce" and "scatter" in called else kind, found[1]
+        return None
 
     def _measure(
-        self, kind: str, i: Instruction, runs: int, in_layers: bool, started: bool
+        self, i: Instruction, collective: tuple[str, Instruction], runs: int, in_layers: bool, started: bool
     ) -> tuple[Collective, Collection[Hashable]]:
-        sizes = array_bytes(i.result)
-        if started and kind in ("all-gather", "collective-permute", "all-to-all"):
-            sizes = sizes[1:2]  # the result is a tuple: operand, result, and flags
+        kind, inner = collective
+        sizes = array_bytes(i.result if i.opcode == "fusion" else inner.result)
+        if inner.opcode.endswith("-start") and inner.opcode != "all-reduce-start":
+            count = len(inner.operands)
+            sizes = sizes[count : 2 * count]  # the result holds operands, results and flags
         if kind == "collective-permute":
-            pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", i.attributes)
+            pairs = re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", inner.attributes)
             peers = np.array(re.findall(r"\{(\d+),(\d+)\}", pairs[1] if pairs else ""), dtype=int)
             members = 2
         else:
-            peers = groups_of(self._attributes(i), self._num_devices)
+            peers = groups_of(inner.attributes, self._num_devices)
             members = peers.shape[1]
-        count = received(kind, sum(sizes), members)
+        received_bytes = received(kind, sum(sizes), members)
         if self._links is None:
-            return Collective(kind, i.name, count, runs, in_layers, started, 0.0), ()
-        seconds, occupied = self._links.seconds(kind, count, peers)
-        return Collective(kind, i.name, count, runs, in_layers, started, seconds), occupied
-
-    def _attributes(self, i: Instruction) -> str:
-        """Its attributes, or those of the collective inside."""
-        inner = self._module.computations.get(i.attribute("calls") or "", [])
-        return next((c.attributes for c in inner if c.opcode in KINDS), i.attributes)
+            return Collective(kind, i.name, received_bytes, runs, in_layers, started, 0.0), ()
+        seconds, occupied = self._links.seconds(kind, received_bytes, peers)
+        return Collective(kind, i.name, received_bytes, runs, in_layers, started, seconds), occupied

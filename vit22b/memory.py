@@ -12,9 +12,8 @@ from jax.sharding import Mesh
 
 from vit22b import sharding
 from vit22b.config import LADDER, Recipe, RecipeError, size
+from vit22b.hardware import GIB
 from vit22b.step import abstract_state
-
-GIB = 2**30
 
 
 def device_memory(device: jax.Device) -> int:

@@ -15,18 +15,19 @@ import numpy as np
 
 from vit22b import analytic, hlo, sharding
 from vit22b.cluster import Cluster, Torus
-from vit22b.config import Recipe
+from vit22b.config import Recipe, RecipeError, check
 from vit22b.flops import executed_flops, train_flops
 from vit22b.hardware import GIB
 from vit22b.memory import state_memory
 from vit22b.step import abstract_batch, abstract_state, trace_train_step
 
+USABLE = 0.94  # of a GPU's memory: what launch/tpu.py gives to JAX
 LARGE = 2**20  # bytes: a smaller blocking collective, such as a norm's statistics, is not worth hiding
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Plan:
-    """A plan's figures under stable names; GiB are 2^30 bytes, and of one device; None: not known here."""
+    """A plan's figures under stable names; GiB are 2^30 bytes, and of one device; None: not known there."""
 
     recipe: str
     topology: str
@@ -37,25 +38,29 @@ class Plan:
     batch_size: int
     params: int
     state_gib_per_device: dict[str, float]  # 'parameters', 'optimizer', 'batch'
-    temp_gib_per_device: float | None  # all else, at the peak
-    peak_gib_per_device: float | None  # state, outputs and temporaries; donated buffers once
     hbm_gib: float | None
-    fits: bool | None
     model_flops_per_step: int  # of all devices, nothing rematerialised: MFU's
     executed_flops_per_step: int  # as traced, with what is rematerialised
-    collectives: dict[str, dict[str, float]]  # by kind; see `count_collectives`
-    layer_collectives: list[dict]  # those within loops, alike ones together; see `describe`
-    blocking_in_layers: list[str]  # of these, those above 1 MiB that are not asynchronous
-    compute_s: float | None  # executed FLOPs at peak
-    communication_s: float | None  # all collectives, one after the other, at the links' full rate
-    exposed_s: float | None  # of these, what nothing hides
-    step_s_bound: float | None  # compute_s + exposed_s
-    mfu_bound: float | None
-    step_s_estimate: float | None  # with XLA's own estimate of each instruction; or, analytic, calibrated
-    mfu_estimate: float | None
-    train_days: float | None  # all steps at step_s_bound
-    chip_hours: float | None  # the same, of all devices
-    compile_s: float | None
+    temp_gib_per_device: float | None = None  # all else, at the peak
+    peak_gib_per_device: float | None = None  # state, outputs and temporaries; donated buffers once
+    fits: bool | None = None
+    collectives: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # see `count_collectives`
+    layer_collectives: list[dict] = dataclasses.field(default_factory=list)  # of the loop over layers; see `describe`
+    # Of these, those above 1 MiB that are not asynchronous. None: CPUs have no asynchronous ones, formulas no order,
+    # and without a loop nothing tells layers from the rest.
+    blocking_in_layers: list[str] | None = None
+    compute_s: float | None = None  # executed FLOPs at the bf16 peak
+    communication_s: float | None = None  # all collectives, one after the other
+    exposed_s: float | None = None  # of these, what nothing hides
+    step_s_bound: float | None = None  # compute_s + exposed_s
+    mfu_bound: float | None = None
+    step_s_estimate: float | None = None  # with XLA's own estimate of each instruction; or, analytic, calibrated
+    mfu_estimate: float | None = None
+    train_days: float | None = None  # all steps at step_s_bound
+    train_days_estimate: float | None = None  # at step_s_estimate
+    chip_hours: float | None = None  # of all devices, at step_s_bound
+    chip_hours_estimate: float | None = None
+    compile_s: float | None = None  # tracing included
 
 
 def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
@@ -65,6 +70,8 @@ def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
     fit gives a plan that says so.
     """
     recipe.validate()
+    cudnn = recipe.model.attention == "cudnn" and cluster.devices is not None
+    check(not cudnn, "model.attention", "'cudnn'", f"needs GPUs, not {cluster.name}; use 'auto' or 'xla'")
     shape = sharding.mesh_shape(recipe.mesh, cluster.num_devices)
     sharding.check_divisibility(recipe, shape)
     return _estimated(recipe, cluster, shape) if cluster.devices is None else _compiled(recipe, cluster, shape)
@@ -83,9 +90,10 @@ def _compiled(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int]) -> 
         except jax.errors.JaxRuntimeError as error:
             needed = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
             if needed is None:
-                raise
+                first = str(error).strip().splitlines()[0]
+                raise RecipeError(f"--topology={cluster.name}: the compiler failed: {first}") from error
             plan = _without_step(recipe, cluster, shape, batch, executed_flops(traced.jaxpr.jaxpr))
-            plan.temp_gib_per_device, plan.hbm_gib = float(needed[1]), float(needed[2])
+            plan.temp_gib_per_device = float(needed[1])
             plan.peak_gib_per_device = plan.temp_gib_per_device + sum(plan.state_gib_per_device.values())
             plan.fits, plan.compile_s = False, round(time.perf_counter() - start, 1)
             return plan
@@ -94,6 +102,9 @@ def _compiled(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int]) -> 
     memory = compiled.memory_analysis()
     if memory is not None:
         peak = memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes
+        if cluster.devices[0].platform == "cpu":  # whose peak leaves out temporaries
+            outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+            peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes + outputs
         plan.peak_gib_per_device = peak / GIB
         plan.temp_gib_per_device = (peak - memory.argument_size_in_bytes) / GIB
         plan.fits = None if plan.hbm_gib is None else plan.peak_gib_per_device <= plan.hbm_gib
@@ -101,13 +112,19 @@ def _compiled(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int]) -> 
     if cluster.chip is not None and hasattr(cluster.devices[0], "coords"):
         coords = np.array([device.coords for device in mesh.devices.flat])
         links, clock = Torus(coords, cluster.chip.link_bandwidth), cluster.chip.clock
-    replay = hlo.Replay(hlo.parse(compiled.as_text()), cluster.num_devices, links, clock)
+    trips = recipe.model.depth // recipe.model.scan_unroll
+    try:
+        replay = hlo.Replay(hlo.parse(compiled.as_text()), cluster.num_devices, links, clock, trips)
+    except ValueError as error:  # rather than figures that leave something out
+        raise RecipeError(f"--topology={cluster.name}: this compiler's output is not understood: {error}") from error
     plan.collectives = count_collectives(replay.collectives, recipe.model.depth)
-    in_layers = [c for c in replay.collectives if c.in_layers]
-    plan.layer_collectives = describe(in_layers)
-    plan.blocking_in_layers = [
-        f"{c.kind} of {c.bytes / 2**20:.1f} MiB ({c.name})" for c in in_layers if not c.asynchronous and c.bytes > LARGE
-    ]
+    plan.layer_collectives = describe([c for c in replay.collectives if c.in_layers])
+    if links is not None and trips > 1:
+        plan.blocking_in_layers = [
+            f"{row['count']} x {row['kind']} of {row['bytes'] / 2**20:.1f} MiB"
+            for row in plan.layer_collectives
+            if not row["asynchronous"] and row["bytes"] > LARGE
+        ]
     if links is not None:
         communication = sum(c.seconds * c.runs for c in replay.collectives)
         exposed = sum(c.exposed * c.runs for c in replay.collectives) if clock else None
@@ -122,7 +139,7 @@ def _estimated(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int]) ->
     plan = _without_step(recipe, cluster, shape, estimate.memory["batch"], executed)
     plan.peak_gib_per_device = sum(estimate.memory.values()) / GIB
     plan.temp_gib_per_device = plan.peak_gib_per_device - sum(plan.state_gib_per_device.values())
-    plan.fits = plan.peak_gib_per_device <= cluster.chip.memory / GIB
+    plan.fits = plan.peak_gib_per_device <= USABLE * cluster.chip.memory / GIB
     for traffic in estimate.traffic:
         row = plan.collectives.setdefault(traffic.kind, dict.fromkeys(COLUMNS, 0))
         row["per_layer"] += traffic.per_layer
@@ -130,6 +147,7 @@ def _estimated(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int]) ->
         row["bytes_per_step"] += traffic.bytes
         row["asynchronous"] += traffic.total if traffic.hidden else 0
         row["seconds"] += traffic.seconds
+        row["exposed_seconds"] += traffic.exposed if traffic.hidden else traffic.seconds
     _set_times(plan, recipe, cluster, estimate.communication_s, estimate.exposed_s, estimate.step_s)
     return plan
 
@@ -156,16 +174,6 @@ def _without_step(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int],
         hbm_gib=None if cluster.chip is None else cluster.chip.memory / GIB,
         model_flops_per_step=train_flops(recipe.model) * recipe.batch_size,
         executed_flops_per_step=executed,
-        collectives={},
-        layer_collectives=[],
-        blocking_in_layers=[],
-        **dict.fromkeys(
-            (
-                *("temp_gib_per_device", "peak_gib_per_device", "fits", "compute_s", "communication_s", "exposed_s"),
-                *("step_s_bound", "mfu_bound", "step_s_estimate", "mfu_estimate", "train_days", "chip_hours"),
-                "compile_s",
-            )
-        ),
     )
 
 
@@ -181,6 +189,8 @@ def _set_times(
     plan.mfu_bound = plan.model_flops_per_step / (peak * plan.step_s_bound)
     if estimate is not None:
         plan.step_s_estimate, plan.mfu_estimate = estimate, plan.model_flops_per_step / (peak * estimate)
+        plan.train_days_estimate = recipe.total_steps * estimate / 86_400
+        plan.chip_hours_estimate = 24 * plan.train_days_estimate * cluster.num_devices
     plan.train_days = recipe.total_steps * plan.step_s_bound / 86_400
     plan.chip_hours = 24 * plan.train_days * cluster.num_devices
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from vit22b.analytic import Estimate
 from vit22b.config import MeshConfig, Recipe, RecipeError
-from vit22b.memory import GIB
+from vit22b.hardware import GIB
 from vit22b.model import REMAT
 from vit22b.sharding import AXES, check_divisibility, mesh_shape
 
@@ -81,7 +81,7 @@ def candidates(recipe: Recipe, num_devices: int) -> Iterator[tuple[Recipe, Shape
             continue
         rings = data * model > 1 and data <= LONGEST_DATA_RING and model <= LONGEST_MODEL_RING
         for remat, momentum, overlap in itertools.product(REMAT, ("fp32", "bf16"), (False, True)[: 1 + rings]):
-            if overlap and remat == "dots":  # the policy does not see products inside of rings: the same as 'full'
+            if overlap and remat == "dots":  # refused
                 continue
             changed = dataclasses.replace(recipe.model, remat=remat, overlap=overlap)
             optim = dataclasses.replace(recipe.optim, momentum_dtype=momentum)
@@ -106,7 +106,9 @@ def search(
     Raises `RecipeError` where nothing fits, with the smallest there is.
     """
     end, pool = time.monotonic() + seconds, []
-    for changed, shape in candidates(recipe, num_devices):
+    own = _own_mesh(recipe, num_devices)
+    as_it_is = [] if own is None else [(recipe, own)]
+    for changed, shape in itertools.chain(as_it_is, candidates(recipe, num_devices)):
         e = estimate_fn(changed, shape)
         peak = float(sum(e.memory.values()))
         pool.append(Candidate(given=recipe, recipe=changed, shape=shape, peak=peak, step_s=e.step_s, compiled=False))
@@ -115,13 +117,13 @@ def search(
             f"batch_size={recipe.batch_size}: no mesh of {num_devices} devices divides it and the model; try a "
             f"multiple of {num_devices * recipe.optim.accumulate_steps * 2}, or another number of devices"
         )
-    fitting = [c for c in pool if c.peak * SAFETY <= memory]
+    if own is not None:  # it may be among the candidates, too, with all of its mesh spelled out
+        pool = pool[:1] + [c for c in pool[1:] if not _as_it_is(c, own)]
+    fitting = [c for c in pool if c.peak * SAFETY <= memory or (_as_it_is(c, own) and c.peak <= memory)]
+    if own is None or not _as_it_is(fitting[0] if fitting else pool[0], own):
+        report("the recipe as it is has another number of devices or takes too much memory")
     report(f"{len(pool)} candidates, {len(fitting)} of them fit by estimate")
 
-    try:
-        own = mesh_shape(recipe.mesh, num_devices)
-    except RecipeError:  # a mesh for another number of devices
-        own = None
     compiled: list[Candidate] = []
     tried: list[Candidate] = []
     longer: list[float] = []  # compiled steps against their estimates
@@ -188,11 +190,24 @@ def _to_compile(fitting: list[Candidate], tried: list[Candidate], own: Shape | N
     known = {_way(c)[1:] for c in tried}
 
     def order(c: Candidate) -> tuple:
-        as_it_is = dataclasses.replace(c.recipe, mesh=c.given.mesh) == c.given and c.shape == own
         trains_alike = c.recipe.batch_size == c.given.batch_size and not _foreign(c)
-        return not as_it_is, not trains_alike, _way(c)[1:] in known, *_by_speed(c)
+        return not _as_it_is(c, own), not trains_alike, _way(c)[1:] in known, *_by_speed(c)
 
     return min(fitting, key=order)
+
+
+def _own_mesh(recipe: Recipe, num_devices: int) -> Shape | None:
+    """The recipe's own mesh; None where it does not fill or suit so many devices."""
+    try:
+        shape = mesh_shape(recipe.mesh, num_devices)
+        check_divisibility(recipe, shape)
+    except RecipeError:
+        return None
+    return shape
+
+
+def _as_it_is(c: Candidate, own: Shape | None) -> bool:
+    return dataclasses.replace(c.recipe, mesh=c.given.mesh) == c.given and c.shape == own
 
 
 def _way(c: Candidate) -> tuple[Shape, int, str, bool]:

@@ -84,13 +84,14 @@ def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = No
 def fold_onto_torus(shape: tuple[int, int, int], devices: list[jax.Device]) -> np.ndarray | None:
     """The devices, by mesh axis, with each row of `model` walking around a rectangle of chips, two wide.
 
-    None where that does not apply: not one device per chip of a torus, or `model` fills a dimension, which is a ring
-    as it is.
+    None where that does not apply: not one device per chip of a torus, or `model` fills a dimension that is a ring as
+    it is.
     """
     if shape[2] < 4 or shape[2] % 2 or not hasattr(devices[0], "coords"):
         return None
     dims = np.max([d.coords for d in devices], axis=0) + 1
-    if np.prod(dims) != len(devices) or shape[2] in dims:
+    rings = [size for size, closed in zip(dims, closed_dimensions(dims), strict=True) if closed]
+    if np.prod(dims) != len(devices) or shape[2] in rings:
         return None
     chips = np.empty(dims, object)
     for device in devices:
@@ -103,9 +104,16 @@ def fold_onto_torus(shape: tuple[int, int, int], devices: list[jax.Device]) -> n
             continue
         blocks = chips.transpose(wide, long, rest).reshape(dims[wide] // 2, 2, dims[long] // half, half, dims[rest])
         there, back = blocks[:, 0], blocks[:, 1, :, ::-1]
-        rings = np.concatenate([there, back], axis=2)  # wide / 2, long / half, model, rest
-        return rings.transpose(0, 1, 3, 2).reshape(shape)
+        walks = np.concatenate([there, back], axis=2)  # wide / 2, long / half, model, rest
+        return walks.transpose(0, 1, 3, 2).reshape(shape)
     return None
+
+
+def closed_dimensions(dims: np.ndarray) -> list[bool]:
+    """Which dimensions of a TPU slice close to rings: all in full cubes of 4 x 4 x 4 chips; in a plane, those of 16."""
+    if dims[2] == 1:
+        return [size == 16 for size in dims]
+    return [all(size % 4 == 0 for size in dims)] * 3
 
 
 def abstract_mesh(shape: tuple[int, int, int]) -> AbstractMesh:
