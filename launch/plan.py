@@ -102,9 +102,7 @@ def run_search(recipe: Recipe, cluster: Cluster) -> list[search.Candidate]:
     if chip is None:
         raise RecipeError(f"--search: needs a topology of known speed, not {cluster.name}; for example v4:8x8x16")
 
-    def compile_step(candidate: Recipe, shape: tuple[int, int, int]) -> tuple[float, float] | None:
-        if cluster.devices is None:
-            return None
+    def compile_step(candidate: Recipe, shape: tuple[int, int, int]) -> tuple[float, float]:
         plan = make_plan(candidate, cluster)
         peak = (plan.peak_gib_per_device or 0.0) * GIB
         if not plan.fits:  # XLA's limit is a little below the chip's memory
@@ -116,7 +114,7 @@ def run_search(recipe: Recipe, cluster: Cluster) -> list[search.Candidate]:
         cluster.num_devices,
         chip.memory,
         lambda candidate, shape: estimate(candidate, chip, shape, cluster.devices_per_node),
-        compile_step,
+        None if cluster.devices is None else compile_step,
     )
 
 

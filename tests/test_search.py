@@ -38,15 +38,11 @@ def at_random(recipe: Recipe, shape: Shape) -> Estimate:
     return fake(draw.uniform(100, 200), draw.uniform(1, 2) * recipe.batch_size)
 
 
-def no_compiler(recipe: Recipe, shape: Shape) -> None:
-    return None
-
-
 def quiet(line: str) -> None:
     assert "\n" not in line
 
 
-def run(given: Recipe = DEBUG, memory: float = BIG, compile_fn: Callable = no_compiler, **options) -> list[Candidate]:
+def run(given: Recipe = DEBUG, memory: float = BIG, compile_fn: Callable | None = None, **options) -> list[Candidate]:
     return search(given, 4, memory, options.pop("estimate_fn", at_random), compile_fn, report=quiet, **options)
 
 
@@ -166,11 +162,18 @@ def test_no_compilation_begins_after_the_time_is_over(monkeypatch: pytest.Monkey
     assert now[0] == 450
 
 
-def test_without_a_compiler_it_asks_once() -> None:
-    asked = []
-    found = run(compile_fn=lambda recipe, shape: asked.append(shape))
-    assert len(asked) == 1
-    assert [c.overrides for c in found] == [c.overrides for c in run(compile_best=0)]
+def test_the_recipe_as_it_is_is_tried_though_no_candidate_and_a_tight_fit() -> None:
+    given = parsed("debug.py", "--config.model.remat=full", "--config.model.scan_unroll=1")
+    tight = sum(at_random(given, (1, 4, 1)).memory.values()) + 1
+    compiled = []
+
+    def compile_fn(recipe: Recipe, shape: Shape) -> tuple[float, float]:
+        compiled.append((recipe, shape))
+        return 1.0, 1.0
+
+    found = run(given, memory=tight, compile_fn=compile_fn, compile_best=1)
+    assert compiled == [(given, (1, 4, 1))]
+    assert (found[0].recipe, found[0].overrides) == (given, "")
 
 
 def test_where_nothing_fits_one_line_says_what_is_the_smallest() -> None:
@@ -200,12 +203,12 @@ def test_the_table_and_the_figures_say_the_same() -> None:
 
 def test_a_batch_that_no_mesh_divides_is_refused_in_one_line() -> None:
     with pytest.raises(RecipeError, match=r"^batch_size=64: no mesh of 7 devices .* multiple of 28"):
-        search(DEBUG, 7, BIG, at_random, no_compiler, report=quiet)
+        search(DEBUG, 7, BIG, at_random, None, report=quiet)
 
 
 def test_two_servers_of_h200s_train_100m_by_fsdp_with_estimates_alone() -> None:
     given, chip = parsed("vit22b.py:100M"), CHIPS["NVIDIA H200"]
-    found = search(given, 16, chip.memory, lambda r, s: estimate(r, chip, s, 8), no_compiler, report=quiet)
+    found = search(given, 16, chip.memory, lambda r, s: estimate(r, chip, s, 8), None, report=quiet)
     own = [c for c in found if c.recipe.batch_size == given.batch_size]
     assert own[0].shape[2] == 1  # tensor parallelism is for what does not fit
     assert own[-1].peak < own[0].peak

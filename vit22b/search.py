@@ -93,16 +93,16 @@ def search(
     num_devices: int,
     memory: float,
     estimate_fn: Callable[[Recipe, Shape], Estimate],
-    compile_fn: Callable[[Recipe, Shape], tuple[float, float] | None],
+    compile_fn: Callable[[Recipe, Shape], tuple[float, float]] | None,
     compile_best: int = 3,
     seconds: float = 420,
     report: Callable[[str], None] = print,
 ) -> list[Candidate]:
     """What fits `memory` (bytes per device) and is best: compiled ones first, then by seconds per image.
 
-    `compile_fn` gives a compiled step's peak bytes and seconds, None where there is no compiler, or raises
-    `RecipeError` where the step cannot be compiled. At most `compile_best` are compiled, and none is begun `seconds`
-    after the call. Estimates of the others are then multiplied by what the compiled ones took of theirs, in the median.
+    `compile_fn` gives a compiled step's peak bytes and seconds, or raises `RecipeError` where it cannot be compiled;
+    None: there is no compiler. At most `compile_best` are compiled, and none is begun `seconds` after the call.
+    Estimates of the others are then multiplied by what the compiled ones took of theirs, in the median.
     Raises `RecipeError` where nothing fits, with the smallest there is.
     """
     end, pool = time.monotonic() + seconds, []
@@ -127,7 +127,7 @@ def search(
     compiled: list[Candidate] = []
     tried: list[Candidate] = []
     longer: list[float] = []  # compiled steps against their estimates
-    while fitting and len(tried) < compile_best and time.monotonic() < end:
+    while compile_fn is not None and fitting and len(tried) < compile_best and time.monotonic() < end:
         best = _to_compile(fitting, tried, own)
         tried.append(best)
         report(f"compiling {best.overrides or 'the recipe as it is'}")
@@ -137,9 +137,6 @@ def search(
             report(f"dropped: {error}")
             fitting.remove(best)
             continue
-        if found is None:
-            report("no compiler for these devices: estimates alone")
-            break
         done = dataclasses.replace(best, peak=found[0], step_s=found[1], compiled=True)
         if done.peak <= memory:
             fitting.remove(best)
