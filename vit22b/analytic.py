@@ -275,7 +275,7 @@ def bandwidth(chip: Chip, shape: tuple[int, int, int], axis: str, devices_per_no
         return 2 * chip.link_bandwidth
     index = ("replica", "data", "model").index(axis)
     stride = math.prod(shape[index + 1 :])
-    inside = max(devices_per_node // stride, 1)
+    inside = min(max(devices_per_node // stride, 1), shape[index])  # members in one server, at most
     if devices_per_node % (stride * shape[index]) == 0:  # no group is on two servers
         return LINK_EFFICIENCY * chip.link_bandwidth
     cards = min(inside, 2) if kind == "collective-permute" else inside
