@@ -1,6 +1,6 @@
 """Reads a compiled step: which collectives it holds, whether they run beside compute, and how long all that takes.
 
-The text of a compiled module lists a computation's instructions in the order in which they run. `replay` walks through
+The text of a compiled module lists a computation's instructions in the order in which they run. `Replay` walks through
 it with two clocks, the core's and the links': an asynchronous collective occupies links from its start on, and the core
 waits at its end for what is left. How long an instruction keeps the core busy is XLA's own estimate (TPUs); links move
 bytes at their full rate. So a replay leaves out: what the estimates miss, latency of a hop, congestion that is not

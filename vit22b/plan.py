@@ -82,9 +82,9 @@ def _compiled(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int]) -> 
     mesh = sharding.make_mesh(shape, cluster.devices)
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        state = sharding.concrete(abstract_state(recipe), mesh)
-        traced = trace_train_step(recipe, state)
-        batch = sharding.bytes_per_device(abstract_batch(recipe))
+        traced = trace_train_step(recipe, sharding.concrete(abstract_state(recipe), mesh))
+    plan = _without_step(recipe, cluster, shape, executed_flops(traced.jaxpr.jaxpr))
+    with jax.set_mesh(mesh):
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
@@ -92,12 +92,10 @@ def _compiled(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int]) -> 
             if needed is None:
                 first = str(error).strip().splitlines()[0]
                 raise RecipeError(f"--topology={cluster.name}: the compiler failed: {first}") from error
-            plan = _without_step(recipe, cluster, shape, batch, executed_flops(traced.jaxpr.jaxpr))
             plan.temp_gib_per_device = float(needed[1])
             plan.peak_gib_per_device = plan.temp_gib_per_device + sum(plan.state_gib_per_device.values())
             plan.fits, plan.compile_s = False, round(time.perf_counter() - start, 1)
             return plan
-    plan = _without_step(recipe, cluster, shape, batch, executed_flops(traced.jaxpr.jaxpr))
     plan.compile_s = round(time.perf_counter() - start, 1)
     memory = compiled.memory_analysis()
     if memory is not None:
@@ -136,7 +134,7 @@ def _estimated(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int]) ->
     assert cluster.chip is not None
     estimate = analytic.estimate(recipe, cluster.chip, shape, cluster.devices_per_node)
     executed = round(estimate.flops * cluster.num_devices)
-    plan = _without_step(recipe, cluster, shape, estimate.memory["batch"], executed)
+    plan = _without_step(recipe, cluster, shape, executed)
     plan.peak_gib_per_device = sum(estimate.memory.values()) / GIB
     plan.temp_gib_per_device = plan.peak_gib_per_device - sum(plan.state_gib_per_device.values())
     plan.fits = plan.peak_gib_per_device <= USABLE * cluster.chip.memory / GIB
@@ -152,11 +150,12 @@ def _estimated(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int]) ->
     return plan
 
 
-def _without_step(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int], batch: int, executed: int) -> Plan:
+def _without_step(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int], executed: int) -> Plan:
     """All that is known before a step is compiled or estimated."""
     state = state_memory(recipe, shape)
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(shape)):
         params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_state(recipe).model))
+        batch = sharding.bytes_per_device(abstract_batch(recipe))
     return Plan(
         recipe=recipe.name,
         topology=cluster.name,
