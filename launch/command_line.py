@@ -1,5 +1,6 @@
 """`--config FILE[:ARG]` and `--config.FIELD=VALUE`, by ml_collections, with errors in one line."""
 
+import argparse
 import difflib
 import re
 from pathlib import Path
@@ -13,6 +14,20 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 
 
 TYPES = {bool: "true or false", int: "an integer", float: "a number", str: "a text", list: "numbers, as '(1,2,3)'"}
+
+
+def flag_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of a program's own flags, beside those that `parse` reads; its docstring is the help.
+
+    To be used with `parse_known_args`, of which `parse` takes what is left over. Raises `argparse.ArgumentError`.
+    """
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
 
 
 def parse(argv: list[str]) -> tuple[Recipe, Path | None]:

@@ -34,7 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.command_line import parse
+from launch.command_line import flag_parser, parse
 from vit22b import search, sharding
 from vit22b.analytic import estimate
 from vit22b.cluster import Cluster, open_cluster
@@ -119,13 +119,7 @@ def run_search(recipe: Recipe, cluster: Cluster) -> list[search.Candidate]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = flag_parser(__doc__)
     parser.add_argument("--topology", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--search", action="store_true", help=argparse.SUPPRESS)

@@ -25,11 +25,8 @@ from vit22b.train import train
 from vit22b.workdir import open_workdir
 
 
-def run(recipe: Recipe, workdir: Path) -> int:
-    """Checks everything that can be checked, then trains. Returns the exit status: 0, or 128 + a signal's number.
-
-    Raises `RecipeError` for what the user can mend and FloatingPointError where training diverged.
-    """
+def check_on_devices(recipe: Recipe) -> tuple[int, int, int]:
+    """The mesh's shape on the devices here. Raises `RecipeError` for what cannot work on them, data aside."""
     recipe.validate()
     devices = jax.devices()
     check_state_memory(recipe)
@@ -37,6 +34,15 @@ def run(recipe: Recipe, workdir: Path) -> int:
     check(not cudnn or devices[0].platform == "gpu", "model.attention", "'cudnn'", "needs a GPU; use 'auto' or 'xla'")
     shape = sharding.mesh_shape(recipe.mesh, len(devices))
     sharding.check_divisibility(recipe, shape)
+    return shape
+
+
+def run(recipe: Recipe, workdir: Path) -> int:
+    """Checks everything that can be checked, then trains. Returns the exit status: 0, or 128 + a signal's number.
+
+    Raises `RecipeError` for what the user can mend and FloatingPointError where training diverged.
+    """
+    devices, shape = jax.devices(), check_on_devices(recipe)
     sources = data.open_sources(recipe)
     fingerprints = {name: source.fingerprint() for name, source in zip(("train", "validation"), sources, strict=True)}
     if jax.process_index() == 0:

@@ -5,11 +5,12 @@ rematerialisation computes again: it is useful work over peak [Chowdhery 2022, a
 """
 
 import math
-from typing import Any
-
-from jax.extend import core
+from typing import TYPE_CHECKING, Any
 
 from vit22b.config import ModelConfig
+
+if TYPE_CHECKING:  # a model's own FLOPs also serve programs without JAX
+    from jax.extend import core
 
 
 def forward_flops(config: ModelConfig) -> int:
@@ -28,7 +29,7 @@ def train_flops(config: ModelConfig) -> int:
     return 3 * forward_flops(config)
 
 
-def executed_flops(jaxpr: core.Jaxpr) -> int:
+def executed_flops(jaxpr: "core.Jaxpr") -> int:
     """Matmul FLOPs of a traced function on all devices together, with what it computes twice.
 
     Loops count as often as they run, shards as often as there are devices. Of a `cond` the largest branch counts; a
@@ -52,8 +53,10 @@ def executed_flops(jaxpr: core.Jaxpr) -> int:
     return total
 
 
-def subjaxprs(equation: core.JaxprEqn) -> list[core.Jaxpr]:
+def subjaxprs(equation: "core.JaxprEqn") -> "list[core.Jaxpr]":
     """The functions that an equation calls when it is executed; rules for derivatives are not."""
+    from jax.extend import core
+
     found = []
     for name, value in equation.params.items():
         for item in value if isinstance(value, tuple | list) else [value]:

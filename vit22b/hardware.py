@@ -11,8 +11,10 @@ Where a TPU's device is one of a chip's two cores (v2, v3), the row is the core'
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-import jax
+if TYPE_CHECKING:  # this table also serves programs without JAX
+    import jax
 
 GIB = 2**30
 
@@ -64,7 +66,7 @@ CHIPS = {
 CHIPS["TPU v5p"] = CHIPS["TPU v5"]  # the same chip; how it is called depends on the version of libtpu
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: "jax.Device") -> float | None:
     """Dense bf16 FLOP/s of the device, None where it is not known."""
     chip = CHIPS.get(device.device_kind)
     return None if chip is None else chip.peak_flops

@@ -77,26 +77,35 @@ def at_size(recipe: Recipe, name: str) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, **size(name, LADDER)))
 
 
+def step_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """Bytes per device of a compiled step: arguments, temporaries and outputs, donated buffers once.
+
+    None on a platform that does not say.
+    """
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + outputs
+
+
 def check_step_memory(recipe: Recipe, compiled: jax.stages.Compiled, mesh: Mesh) -> None:
     """Raises `RecipeError` where a compiled step's arguments and temporaries exceed a device's memory."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:  # a platform that does not say
-        return
-    arguments, temporaries = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes  # donated buffers count once
+    needed, analysis = step_bytes(compiled), compiled.memory_analysis()
     available = device_memory(jax.local_devices()[0])
-    if arguments + temporaries + outputs <= available:
+    if needed is None or analysis is None or needed <= available:
         return
+    temporaries = analysis.temp_size_in_bytes
     unit = mesh.shape["replica"] * mesh.shape["data"] * recipe.optim.accumulate_steps * 2
     # Gradients and updates stay, whatever the batch; the rest goes with it.
     fixed = min(2 * state_memory(recipe, tuple(mesh.shape.values()))["parameters"], temporaries)
-    share = max(available - arguments - outputs - fixed, 0) / max(temporaries - fixed, 1)
+    share = max(available - (needed - temporaries) - fixed, 0) / max(temporaries - fixed, 1)
     smaller = int(recipe.batch_size * share) // unit * unit
     remedies = [f"--config.batch_size={smaller}"] if smaller else []
     remedies += [f"more optim.accumulate_steps than {recipe.optim.accumulate_steps}"]
     remedies += ["--config.model.remat=full"] if recipe.model.remat != "full" else []
     raise RecipeError(
-        f"batch_size={recipe.batch_size}: a step needs {(arguments + temporaries + outputs) / GIB:.1f} GiB per device "
-        f"(state and batch {(arguments + outputs) / GIB:.1f}, temporaries {temporaries / GIB:.1f}), there are "
+        f"batch_size={recipe.batch_size}: a step needs {needed / GIB:.1f} GiB per device "
+        f"(state and batch {(needed - temporaries) / GIB:.1f}, temporaries {temporaries / GIB:.1f}), there are "
         f"{available / GIB:.1f}; try {' or '.join(remedies)}"
     )
