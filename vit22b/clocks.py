@@ -20,19 +20,22 @@ START_SECONDS = 10.0  # nvidia-smi's first line takes about one
 class ClockSampler:
     """`with ClockSampler() as clocks:` samples every 100 ms while the block runs; `clocks.figures()` is for afterwards.
 
-    Without nvidia-smi the block runs all the same and the figures are None. Where several GPUs are visible, the figures
-    are of all of them together.
+    Without nvidia-smi, or without a command, the block runs all the same and the figures are None. Where several GPUs
+    are visible, the figures are of all of them together.
     """
 
-    def __init__(self, command: tuple[str, ...] = COMMAND) -> None:
+    def __init__(self, command: tuple[str, ...] | None = COMMAND) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        self._command = [*command, "-i", visible] if visible else list(command)
+        self._command = [*(command or ()), *(("-i", visible) if visible else ())]
+        self._runs = command is not None
         self._process: subprocess.Popen[str] | None = None
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._first = threading.Event()
         self._samples: list[tuple[float, float, int]] = []
 
     def __enter__(self) -> "ClockSampler":
+        if not self._runs:
+            return self
         try:
             self._process = subprocess.Popen(
                 self._command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -41,8 +44,11 @@ class ClockSampler:
             return self
         self._thread.start()
         self._first.wait(START_SECONDS)
-        self._samples.clear()  # those from before the block
         return self
+
+    def restart(self) -> None:
+        """Forgets what was sampled so far."""
+        self._samples.clear()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit22b import data, profile, sharding
-from vit22b.clocks import ClockSampler
+from vit22b.clocks import COMMAND, ClockSampler
 from vit22b.config import Recipe
 from vit22b.flops import train_flops
 from vit22b.hardware import GIB, peak_flops
@@ -75,13 +75,11 @@ def measure(recipe: Recipe, mesh: Mesh, source: Source | None, steps: int) -> di
     device = mesh.devices.flat[0]
     try:
         runner = Runner(compiled, jax.jit(functools.partial(init_state, recipe))(), next_batch)
-        warm_up(runner.queue, runner.wait)
-        waited.clear()
-        if device.platform == "gpu":
-            with ClockSampler() as clocks:
-                ms = time_groups(runner.queue, runner.wait, steps)
-        else:
-            clocks, ms = ClockSampler(), time_groups(runner.queue, runner.wait, steps)
+        with ClockSampler(COMMAND if device.platform == "gpu" else None) as clocks:
+            warm_up(runner.queue, runner.wait)
+            waited.clear()
+            clocks.restart()
+            ms = time_groups(runner.queue, runner.wait, steps)
         wait_s = sum(waited) / steps if waited else None
         loss, memory, device_memory = runner.wait(), step_bytes(compiled), device.memory_stats() or {}
         profiled = profile_steps(recipe, abstract, runner, device.platform)
