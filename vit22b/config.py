@@ -141,7 +141,7 @@ class ModelConfig:
         check_choice("model.pool", self.pool, ("map", "gap", "cls"))
         check_choice("model.init", self.init, ("xavier", "truncated_normal", "mimetic"))
         check_choice("model.remat", self.remat, ("none", "full", "dots", "attention"))
-        check_choice("model.matmul", self.matmul, ("bf16", "fp32"))
+        check_choice("model.matmul", self.matmul, ("bf16", "fp32", "fp8"))
         check_choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
         check(
             self.width % self.num_heads == 0,
