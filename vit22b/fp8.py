@@ -29,7 +29,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
-from vit22b.matmul import matmul
 from vit22b.sharding import HIDDEN, RESIDUAL
 
 FORWARD = jnp.float8_e4m3fn
@@ -65,11 +64,6 @@ def quantize(x: jax.Array, dtype: jnp.dtype, amax: jax.Array | None = None) -> Q
     return Quantized((x * inverse.astype(x.dtype)).astype(dtype), scale)
 
 
-def dequantize(q: Quantized) -> jax.Array:
-    """The tensor in bf16, which is exact; XLA for GPUs matches this very form where it feeds a matmul."""
-    return q.values.astype(jnp.bfloat16) * q.scale.astype(jnp.bfloat16)
-
-
 def whole(q: Quantized, dim: int) -> Quantized:
     """The same with one dimension gathered, in fp8."""
     spec = list(jax.typeof(q.values).sharding.spec)
@@ -78,8 +72,13 @@ def whole(q: Quantized, dim: int) -> Quantized:
 
 
 def product(equation: str, a: Quantized, b: Quantized, out_sharding: P) -> jax.Array:
-    """The einsum of two quantized tensors, bf16."""
-    return matmul(equation, dequantize(a), dequantize(b), out_sharding)
+    """The einsum of two quantized tensors: fp32 sums, rounded to bf16; the scales change no more than exponents.
+
+    XLA for GPUs moves the scales into the matmul. The other way to write it, as a matmul of arrays that were turned back
+    into bf16, becomes an fp8 matmul only where XLA's Triton matmuls are off, and one in bf16 otherwise.
+    """
+    y = jnp.einsum(equation, a.values, b.values, preferred_element_type=jnp.bfloat16, out_sharding=out_sharding)
+    return y * (a.scale * b.scale).astype(jnp.bfloat16)
 
 
 def total(products: list[jax.Array]) -> jax.Array:
@@ -96,7 +95,9 @@ def column(x_BTD: jax.Array, kernels: list[jax.Array]) -> list[jax.Array]:
 def _column_forward(x_BTD: jax.Array, kernels: list[jax.Array]) -> tuple[list[jax.Array], tuple]:
     x, ws = quantize(x_BTD, FORWARD), [quantize(w, FORWARD) for w in kernels]
     ys = [product("btd,dk->btk", whole(x, 2), whole(w, 0), HIDDEN) for w in ws]
-    return ys, (x, ws)
+    # Without the barrier XLA 0.11 makes GELU a part of the matmul, writing its input beside its output, and then fails
+    # to compile: "RET_CHECK failure (thunk_emitter.cc) !has_aux_output"; it has that for bf16 matmuls alone.
+    return [jax.lax.optimization_barrier(y) for y in ys], (x, ws)
 
 
 def _column_backward(saved: tuple, dys_BTK: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
