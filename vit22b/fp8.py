@@ -4,13 +4,10 @@ Formats as in [Micikevicius 2022, FP8 Formats for Deep Learning]: e4m3 (3 bits o
 activations and kernels, e5m2 (2 bits, 57,344) for gradients. Every tensor has one scale, from its own largest
 magnitude ("current" scaling). Sums are fp32; what comes in and goes out is bf16, kernels and their gradients fp32.
 
-Scales are powers of two. Scaling is then exact in any float format, also in bf16, hence
-    - an fp8 value times its scale is a bf16 number, and a matmul is written as one of bf16 arrays that are made of fp8
-      ones. XLA recognises that on GPUs with fp8 units (Ada, Hopper and later) and hands the fp8 arrays and both scales
-      to cuBLASLt's fp8 matmul; elsewhere, as on a CPU, the same program computes the same products in bf16;
-    - a value is rounded once, on its way to fp8, and it is the same whatever the scale, but at the bottom of the range.
-That range is 2^-17 to 1 of the largest magnitude for e4m3 and 2^-31 to 1 for e5m2, subnormals included, which costs
-at most one of its binades against scales that are not powers of two.
+Scales are powers of two. Scaling is then exact in bf16 as in fp32: a value is rounded once, on its way to fp8, and to
+the same whatever the scale, but at the bottom of the range. A product is scaled after it was rounded to bf16 as well as
+before. Largest magnitudes land on the upper half of the range, 224 to 448 for e4m3; scales that hit the largest value
+would gain one binade of range at most, 2^-17 to 1 of the largest magnitude as it is, and 2^-31 to 1 for e5m2.
 
 The largest magnitude is that of the whole tensor, over all devices: values do not depend on the mesh, and a shard can
 be gathered after it was quantized, at one byte per element. The price is one all-reduce of a scalar per tensor that is
@@ -39,7 +36,7 @@ class Quantized(NamedTuple):
     """The tensor `values * scale`."""
 
     values: jax.Array  # fp8, any shape
-    scale: jax.Array  # a power of two, fp32 scalar; NaN or infinite where the tensor was not finite
+    scale: jax.Array  # a power of two, fp32 scalar; infinite where the tensor has a NaN or an infinity
 
 
 def largest(x: jax.Array) -> jax.Array:
@@ -74,8 +71,8 @@ def whole(q: Quantized, dim: int) -> Quantized:
 def product(equation: str, a: Quantized, b: Quantized, out_sharding: P) -> jax.Array:
     """The einsum of two quantized tensors: fp32 sums, rounded to bf16; the scales change no more than exponents.
 
-    XLA for GPUs moves the scales into the matmul. The other way to write it, as a matmul of arrays that were turned back
-    into bf16, becomes an fp8 matmul only where XLA's Triton matmuls are off, and one in bf16 otherwise.
+    XLA for GPUs moves the scales into the matmul. The other way to write it, as a matmul of arrays that were turned
+    back into bf16, becomes an fp8 matmul only where XLA's Triton matmuls are off, and one in bf16 otherwise.
     """
     y = jnp.einsum(equation, a.values, b.values, preferred_element_type=jnp.bfloat16, out_sharding=out_sharding)
     return y * (a.scale * b.scale).astype(jnp.bfloat16)
@@ -88,7 +85,9 @@ def total(products: list[jax.Array]) -> jax.Array:
 
 @jax.custom_vjp
 def column(x_BTD: jax.Array, kernels: list[jax.Array]) -> list[jax.Array]:
-    """`x @ w`, (B, T, K) as HIDDEN, for each kernel w: fp32 (D, K), split as `linear.KERNEL_IN`; x bf16, as RESIDUAL."""
+    """`x @ w`, bf16 (B, T, K) as HIDDEN, for each kernel w: x is bf16 (B, T, D) as RESIDUAL, w fp32 (D, K), split as
+    `linear.KERNEL_IN`. So are the gradients.
+    """
     return _column_forward(x_BTD, kernels)[0]
 
 
@@ -114,7 +113,7 @@ column.defvjp(_column_forward, _column_backward)
 @jax.custom_vjp
 def row(inputs: list[jax.Array], kernels: list[jax.Array]) -> jax.Array:
     """The sum over pairs of `x @ w`: bf16 (B, T, K) as HIDDEN and fp32 (K, D), split as `linear.KERNEL_OUT`, give
-    bf16 (B, T, D) as RESIDUAL.
+    bf16 (B, T, D) as RESIDUAL. So are the gradients.
     """
     return _row_forward(inputs, kernels)[0]
 
