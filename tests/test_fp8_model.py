@@ -69,6 +69,13 @@ def test_all_three_matmuls_of_the_blocks_linear_layers_are_fp8_and_no_others(cha
     assert converted == tensors * config.depth
 
 
+@functools.cache
+def parameters(pool: str) -> list[np.ndarray]:
+    """Of `MODEL` on one device, with the mesh in force; created once, for the sake of the compiler's time."""
+    config = dataclasses.replace(MODEL, pool=pool)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(jax.jit(lambda: ViT(config, jax.random.key(0)))())]
+
+
 def loss_and_named_gradients(given: Recipe, shape: tuple, mesh: MeshFactory, poison: float | None = None):
     """Of one batch of random images; the classifier is not zero, so that gradients reach the blocks."""
     rng = np.random.default_rng(2)
@@ -77,7 +84,10 @@ def loss_and_named_gradients(given: Recipe, shape: tuple, mesh: MeshFactory, poi
         "label": rng.integers(0, 8, 8, dtype=np.int32),
     }
     with mesh(*shape) as m:
-        model = jax.jit(lambda: ViT(given.model, jax.random.key(0)))()
+        abstract = sharding.concrete(jax.eval_shape(lambda: ViT(given.model, jax.random.key(0))), m)
+        leaves, treedef = jax.tree.flatten(abstract)
+        created = zip(parameters(given.model.pool), leaves, strict=True)
+        model = jax.tree.unflatten(treedef, [jax.device_put(x, leaf.sharding) for x, leaf in created])
         head = rng.normal(size=model.head_kernel.shape).astype(np.float32)
         model.head_kernel[...] = jax.device_put(head, model.head_kernel[...].sharding)
         if poison is not None:
@@ -102,13 +112,12 @@ def test_a_model_is_as_far_from_fp32_on_a_mesh_and_rematerialised_as_it_is_plain
 
     one = error({}, (1, 1, 1))
     assert 0.02 < one < 0.2  # the first: fp8 is in there at all
-    assert error({"remat": "dots", "scan_unroll": 2}, (2, 2, 2)) < 1.3 * one
+    assert error({"remat": "dots"}, (2, 2, 2)) < 1.3 * one
 
 
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_what_is_not_finite_shows_in_loss_and_gradient(poison: float, mesh: MeshFactory) -> None:
-    """An infinity, too, which a conversion to e4m3 may well turn into its largest value."""
-    loss, gradients = loss_and_named_gradients(recipe(dataclasses.replace(MODEL, pool="gap")), (1, 1, 1), mesh, poison)
+def test_an_infinite_weight_shows_in_loss_and_gradient(mesh: MeshFactory) -> None:
+    """Which a conversion to e4m3, that has no infinity, may well turn into the largest value."""
+    loss, gradients = loss_and_named_gradients(recipe(dataclasses.replace(MODEL, pool="gap")), (1, 1, 1), mesh, np.inf)
     assert not np.isfinite(loss)
     assert not np.isfinite(gradients["blocks/attention/query"]).all()
 
@@ -118,7 +127,7 @@ def test_training_reaches_bf16s_loss(mesh: MeshFactory) -> None:
     rounding is unbiased noise, small next to that of the batches.
     """
     config = dataclasses.replace(MODEL, num_classes=10, patch_size=2, pool="gap", remat="full")
-    losses, steps = {}, 40
+    losses, steps = {}, 60
     for matmul in ("bf16", "fp8"):
         given = recipe(
             dataclasses.replace(config, matmul=matmul),
@@ -137,12 +146,11 @@ def test_training_reaches_bf16s_loss(mesh: MeshFactory) -> None:
                 metrics.append(float(values["loss"]))
         batches.close()
         losses[matmul] = np.array(metrics)
-    print([v[-10:].mean() for v in losses.values()], np.abs(losses["fp8"] - losses["bf16"]).max())
     bf16, narrow = losses["bf16"], losses["fp8"]
     assert bf16[0] == pytest.approx(np.log(10), rel=0.01)
-    assert bf16[-10:].mean() < 0.75 * bf16[0]  # it learned
+    assert bf16[-10:].mean() < 0.8 * bf16[0]  # it learned
     assert np.abs(narrow - bf16).max() > 1e-4  # and fp8 was something else
-    assert narrow[-10:].mean() == pytest.approx(bf16[-10:].mean(), rel=0.1)
+    assert narrow[-10:].mean() == pytest.approx(bf16[-10:].mean(), rel=0.05)
 
 
 @pytest.mark.parametrize(
