@@ -19,6 +19,7 @@ from launch.command_line import parse
 from vit22b import data, sharding
 from vit22b.checkpoint import Checkpoints
 from vit22b.config import Recipe, RecipeError, check
+from vit22b.hardware import multiplies_fp8
 from vit22b.memory import check_state_memory
 from vit22b.report import Reporter, was_evaluated
 from vit22b.train import train
@@ -29,6 +30,12 @@ def check_on_devices(recipe: Recipe) -> tuple[int, int, int]:
     """The mesh's shape on the devices here. Raises `RecipeError` for what cannot work on them, data aside."""
     recipe.validate()
     devices = jax.devices()
+    check(
+        recipe.model.matmul != "fp8" or multiplies_fp8(devices[0]),
+        "model.matmul",
+        "'fp8'",
+        f"{devices[0].device_kind} has no fp8 matmuls, as NVIDIA's Ada, Hopper and later and TPU7x have; use 'bf16'",
+    )
     check_state_memory(recipe)
     cudnn = recipe.model.attention == "cudnn"
     check(not cudnn or devices[0].platform == "gpu", "model.attention", "'cudnn'", "needs a GPU; use 'auto' or 'xla'")

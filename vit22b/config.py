@@ -92,7 +92,9 @@ class ModelConfig:
     head_bias: float = 0.0  # initial classifier bias; -10 with sigmoid over many classes
 
     # How it is computed. These change speed and memory, and rounding at most.
-    matmul: str = "bf16"  # 'bf16', 'fp32'; parameters, norms, softmax, logits are always fp32
+    # 'bf16', 'fp32', or 'fp8': bf16, but 8-bit floats in the blocks' linear layers, which rounds much more; see
+    # vit22b/fp8.py. Parameters, norms, softmax, logits are always fp32.
+    matmul: str = "bf16"
     # One matmul for projections that share an input or an output, or one each. Measured on an H200, bf16, parallel
     # block, layers unrolled: L/16 at batch 256 41.3 % MFU fused, 46.9 % not; width 6144 at batch 64 58.4 %, 61.0 %.
     fused: bool = False
@@ -141,7 +143,7 @@ class ModelConfig:
         check_choice("model.pool", self.pool, ("map", "gap", "cls"))
         check_choice("model.init", self.init, ("xavier", "truncated_normal", "mimetic"))
         check_choice("model.remat", self.remat, ("none", "full", "dots", "attention"))
-        check_choice("model.matmul", self.matmul, ("bf16", "fp32"))
+        check_choice("model.matmul", self.matmul, ("bf16", "fp32", "fp8"))
         check_choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
         check(
             self.width % self.num_heads == 0,
@@ -170,11 +172,18 @@ class ModelConfig:
             "saves nothing of matmuls in rings (model.overlap=true); choose one of none, full, attention",
         )
         check(
-            self.matmul == "bf16" or self.attention != "cudnn",
+            self.matmul != "fp32" or self.attention != "cudnn",
             "model.attention",
             "'cudnn'",
-            "needs model.matmul='bf16'",
+            "needs model.matmul='bf16' or 'fp8'",
         )
+        for name in ("overlap", "fused"):
+            check(
+                self.matmul != "fp8" or not getattr(self, name),
+                f"model.{name}",
+                "true",
+                f"not with model.matmul='fp8'; use model.{name}=false or model.matmul='bf16'",
+            )
 
 
 def nearest_divisors(number: int, value: int) -> str:

@@ -11,6 +11,7 @@ Where a TPU's device is one of a chip's two cores (v2, v3), the row is the core'
 """
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # this table also serves programs without JAX
@@ -64,6 +65,23 @@ CHIPS = {
     ),
 }
 CHIPS["TPU v5p"] = CHIPS["TPU v5"]  # the same chip; how it is called depends on the version of libtpu
+
+# TPUs with fp8 units: none before this one (cloud.google.com/tpu/docs/tpu7x). Nothing was compiled for it.
+FP8_TPUS = ("TPU7x",)
+
+
+def multiplies_fp8(device: "jax.Device") -> bool:
+    """Whether fp8 matmuls gain anything on the device, or it is a CPU, which computes them for tests, slowly.
+
+    NVIDIA GPUs have fp8 units from compute capability 8.9 on: Ada, Hopper, Blackwell (CUDA C++ Programming Guide).
+    Other GPUs count as without: AMD's MI300 has fp8 units, but for formats of its own.
+    """
+    if device.platform == "cpu":
+        return True
+    if device.platform == "tpu":
+        return device.device_kind in FP8_TPUS
+    version = re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", ""))
+    return version is not None and (int(version[1]), int(version[2])) >= (8, 9)
 
 
 def peak_flops(device: "jax.Device") -> float | None:

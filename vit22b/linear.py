@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
-from vit22b import ring
+from vit22b import fp8, ring
 from vit22b.config import ModelConfig
 from vit22b.matmul import matmul
 from vit22b.sharding import BATCH, HIDDEN, RESIDUAL
@@ -30,6 +30,8 @@ def column_parallel(x_BTD: jax.Array, kernels: list[nnx.Param], config: ModelCon
     Fused: one matmul over the kernels side by side. Joining happens within each shard, hence without
     communication, in the copy that casting and gathering the weights makes anyway.
     """
+    if config.matmul == "fp8":
+        return fp8.column(reshard(x_BTD, RESIDUAL), [w[...] for w in kernels])
     weights = [w[...].astype(x_BTD.dtype) for w in kernels]
     if config.overlap:
         return _column_rings(reshard(x_BTD, RESIDUAL), weights, config.fused)
@@ -52,6 +54,8 @@ def row_parallel(inputs: list[jax.Array], kernels: list[jax.Array], config: Mode
 
     Fused: one matmul over the inputs side by side, which reads and writes a joined copy of them.
     """
+    if config.matmul == "fp8":
+        return fp8.row(inputs, kernels)
     weights = [w.astype(x.dtype) for x, w in zip(inputs, kernels, strict=True)]
     if config.overlap:
         return _row_rings(inputs, weights, config.fused)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32}
+DTYPES = {"bf16": jnp.bfloat16, "fp32": jnp.float32, "fp8": jnp.bfloat16}  # fp8 itself: vit22b/fp8.py
 
 
 def matmul(equation: str, x: jax.Array, w: jax.Array, out_sharding: P | None = None) -> jax.Array:

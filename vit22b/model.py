@@ -80,7 +80,9 @@ class MAPHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, key: jax.Array):
         probe_key, attention_key, mlp_key = jax.random.split(key, 3)
-        self.config = dataclasses.replace(config, overlap=False)  # once a step: not worth rings
+        # Once a step: not worth rings, nor the rounding of fp8.
+        matmul = "bf16" if config.matmul == "fp8" else config.matmul
+        self.config = dataclasses.replace(config, overlap=False, matmul=matmul)
         self.probe = nnx.Param(init.xavier(probe_key, (1, config.width), P()))
         # The probe attends to tokens, not tokens to one another: mimetic initialization says nothing about that.
         config = dataclasses.replace(config, init="xavier" if config.init == "mimetic" else config.init)

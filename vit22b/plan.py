@@ -72,6 +72,8 @@ def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
     recipe.validate()
     cudnn = recipe.model.attention == "cudnn" and cluster.devices is not None
     check(not cudnn, "model.attention", "'cudnn'", f"needs GPUs, not {cluster.name}; use 'auto' or 'xla'")
+    unknown = recipe.model.matmul == "fp8" and cluster.chip is not None
+    check(not unknown, "model.matmul", "'fp8'", "its speed and memory are not modelled so far; plan with 'bf16'")
     shape = sharding.mesh_shape(recipe.mesh, cluster.num_devices)
     sharding.check_divisibility(recipe, shape)
     return _estimated(recipe, cluster, shape) if cluster.devices is None else _compiled(recipe, cluster, shape)
