@@ -33,7 +33,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "layer_scale": 0.5,
             "stochastic_depth": 0.1,
             "init": "mimetic",
-            "fused": True,
             "overlap": True,
             "remat": "full",
         },

@@ -25,13 +25,15 @@ Shape = tuple[int, int, int]
 
 
 def recorded_recipe(row: dict) -> Recipe:
-    return parse(["x", "--config", str(ROOT / row["args"][1]), *row["args"][2:]])[0]
+    # When these were recorded, matmuls could be fused; now none is.
+    flags = [flag for flag in row["args"][2:] if flag != "--config.model.fused=false"]
+    return parse(["x", "--config", str(ROOT / row["args"][1]), *flags])[0]
 
 
 def recipe(batch_size: int = 16, optim: OptimConfig | None = None, **model) -> Recipe:
     """A tiny model: 4 tokens, head dim 8."""
     fields = {"width": 32, "depth": 2, "mlp_dim": 64, "num_heads": 4, "num_classes": 10, "image_size": 8}
-    config = ModelConfig(**{**fields, "patch_size": 4, "pool": "gap", "remat": "full", "fused": True, **model})
+    config = ModelConfig(**{**fields, "patch_size": 4, "pool": "gap", "remat": "full", **model})
     data = DataConfig(train="synthetic", validation="synthetic")
     optim = optim or OptimConfig()
     return Recipe(name="test", total_steps=10, batch_size=batch_size, model=config, data=data, optim=optim)
@@ -85,7 +87,8 @@ def test_communication_of_a_tiny_model_by_hand() -> None:
     layers, half, head = 2, 1 / 2, 4 * 32 * 10
     assert [(t.kind, t.per_layer, t.total, t.bytes, t.hidden) for t in found] == [
         ("all-gather", 3, 6, layers * 3 * stream * half, False),  # normed: forward, again; output's gradient
-        ("reduce-scatter", 2, 4, layers * 2 * stream * half, False),  # output, normed stream's gradient
+        # Outputs of attention and MLP; the normed stream's gradient through query, key, value and up.
+        ("reduce-scatter", 6, 12, layers * 6 * stream * half, False),
         ("all-gather", 12, 24, layers * 2 * kernels * half, True),  # six kernels, forward and backward
         ("reduce-scatter", 6, 12, layers * kernels * half, True),
         ("all-gather", 0, 1, head * half, True),
@@ -93,8 +96,6 @@ def test_communication_of_a_tiny_model_by_hand() -> None:
         ("all-reduce", 1, 2, layers * 2 * (kernels / 2) * half, False),  # of gradients that 'data' splits further
         ("all-reduce", 0, 1, 2 * (head / 2) * half, False),
     ]
-    unfused = estimate(recipe(fused=False), H200, (2, 2, 2), devices_per_node=8).traffic
-    assert unfused[1].bytes == layers * (2 + 4) * stream * half  # attention, MLP; query, key, value, up
 
 
 def test_rings_send_the_same_in_hops_that_compute_hides() -> None:
@@ -136,7 +137,7 @@ CASES: list[tuple[Shape, dict]] = [
 
 @pytest.mark.parametrize(("shape", "changes"), CASES)
 def test_a_layer_keeps_for_its_gradient_what_jax_says(shape: Shape, changes: dict) -> None:
-    sizes = {"width": 256, "mlp_dim": 1024, "num_heads": 4, "image_size": 32, "remat": "none", "fused": False}
+    sizes = {"width": 256, "mlp_dim": 1024, "num_heads": 4, "image_size": 32, "remat": "none"}
     given = recipe(**{**sizes, **changes})
     config = given.model
 

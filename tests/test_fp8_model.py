@@ -157,7 +157,6 @@ def test_training_reaches_bf16s_loss(mesh: MeshFactory) -> None:
     ("changes", "message"),
     [
         ({"overlap": True}, "model.overlap=true: not with model.matmul='fp8'; use model.overlap=false or"),
-        ({"fused": True}, "model.fused=true: not with model.matmul='fp8'; use model.fused=false or"),
         ({"matmul": "fp4"}, "model.matmul='fp4': choose one of bf16, fp32, fp8"),
     ],
 )

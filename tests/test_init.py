@@ -18,7 +18,7 @@ CONFIG = ModelConfig(
     width=64, depth=2, mlp_dim=256, num_heads=4, num_classes=8, image_size=32, patch_size=4, init="mimetic",
     head_bias=-10.0, layer_scale=0.125, norm_bias=True, qkv_bias=True, proj_bias=True, num_registers=4,
 )  # fmt: skip
-PLAIN = {"block": "sequential", "fused": False, "qk_norm": "none"}
+PLAIN = {"block": "sequential", "qk_norm": "none"}
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from vit22b.model import REMAT, Output, ViT
 from vit22b.sharding import BATCH, abstract_mesh, concrete
 
 TINY = ModelConfig(
-    width=32, depth=3, mlp_dim=64, num_heads=4, num_classes=10, image_size=12, patch_size=4, matmul="fp32", fused=True
+    width=32, depth=3, mlp_dim=64, num_heads=4, num_classes=10, image_size=12, patch_size=4, matmul="fp32"
 )
 BIASES = {"norm_bias": True, "qkv_bias": True, "proj_bias": True}
 CLASS = {"class_token": True, "pool": "cls"}
@@ -32,9 +32,8 @@ CONFIGS = {
         "internvit": {"block": "sequential", "qk_norm": "width", "layer_scale": 0.1, **CLASS},
         "deit3": DEIT | CLASS | {"mlp": "gelu", "layer_scale": 0.1, "num_registers": 2},
         "dinov3": DEIT | {"mlp": "swiglu", "position": "rope", "class_token": True, "num_registers": 3, "pool": "gap"},
-        "siglip": DEIT | {"fused": False, "position": "sincos", "num_registers": 1},
+        "siglip": DEIT | {"position": "sincos", "num_registers": 1},
         "vit5": {
-            "fused": False,
             "mlp": "swiglu",
             "mlp_bias": False,
             "layer_scale": 0.2,
@@ -192,7 +191,6 @@ def test_eight_devices_equal_one(config: ModelConfig, shape: tuple[int, int, int
     [
         {"scan_unroll": 2},  # does not divide the depth
         {"scan_unroll": 3},  # no loop
-        {"fused": False},
         *({"remat": name} for name in REMAT if name != "none"),
         {"remat": "full", "scan_unroll": 3},
     ],

@@ -77,19 +77,20 @@ def test_no_chunk_travels_further_than_half_the_ring(count: int, mesh: MeshFacto
 SHAPES = [(1, 1, 8), (1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)]
 
 
-@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_parallel_matmuls_equal_numpys(shape: tuple, fused: bool, mesh: MeshFactory) -> None:
-    config = dataclasses.replace(MODEL, overlap=True, fused=fused)
+def test_parallel_matmuls_equal_numpys(shape: tuple, mesh: MeshFactory) -> None:
+    config = dataclasses.replace(MODEL, overlap=True)
     rng = np.random.default_rng(1)
     x, *kernels = (rng.normal(size=s).astype(np.float32) for s in ((8, 3, 32), (32, 32), (32, 64)))
     outs = [rng.normal(size=s).astype(np.float32) for s in ((32, 32), (64, 32))]
     with mesh(*shape) as m:
         put = lambda value, spec: jax.device_put(value, NamedSharding(m, spec))  # noqa: E731
-        ys = jax.jit(lambda x, w: column_parallel(x, w, config))(
+        ys = jax.jit(lambda x, w: column_parallel(x, w, ["mlp"] * 2, config))(
             put(x, RESIDUAL), [put(w, P("data", "model")) for w in kernels]
         )
-        z = jax.jit(lambda y, w: row_parallel(y, w, config))(ys, [put(w, P("model", "data")) for w in outs])
+        z = jax.jit(lambda y, w: row_parallel(y, w, ["mlp"] * 2, config))(
+            ys, [put(w, P("model", "data")) for w in outs]
+        )
         assert all(jax.typeof(y).sharding.spec == HIDDEN for y in ys)
         assert jax.typeof(z).sharding.spec == RESIDUAL
     for y, w in zip(ys, kernels, strict=True):
@@ -118,7 +119,7 @@ def loss_and_named_gradients(config: ModelConfig, shape: tuple[int, int, int], m
 
 VARIANTS = {
     "parallel": {},
-    "fused, rematerialised": {"fused": True, "remat": "full"},
+    "rematerialised": {"remat": "full"},
     "sequential": {"block": "sequential", "mlp": "swiglu", "layer_scale": 0.1, "proj_bias": True, "scan_unroll": 2},
 }
 

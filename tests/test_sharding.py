@@ -27,7 +27,7 @@ from vit22b.sharding import (
 # Sizes that tell the kernels apart by shape.
 MODEL = ModelConfig(
     width=32, depth=2, mlp_dim=128, num_heads=4, num_classes=16, image_size=8, patch_size=4, matmul="fp32",
-    class_token=True, fused=True,
+    class_token=True,
 )  # fmt: skip
 
 
@@ -190,8 +190,7 @@ def test_fsdp_gathers_each_kernel_once_and_reduces_each_gradient_once(mesh: Mesh
         "all-gather [128,32]": 1,  # MLP out
     }
     assert collectives(MODEL, (1, 8, 1), mesh) == gathers
-    assert collectives(dataclasses.replace(MODEL, fused=False), (1, 8, 1), mesh) == gathers
-    # All gradients in one: of the fused input and output kernels, of norms' scales and of biases.
+    # All gradients in one.
     gradients = {"all-reduce [128] [224,32] [32,160] [32] [32] [8] [8]": 1}
     assert collectives(MODEL, (1, 8, 1), mesh, backward=True) == gathers | gradients
 

@@ -241,11 +241,10 @@ def _communication(recipe: Recipe, chip: Chip, layer: Layer, devices_per_node: i
         rings = 2 * layer.sums
         add("collective-permute", "data", rings * (2 + again), weights / rings, hidden=True)
     else:
-        # Unfused, each projection's output, and the gradient through each, is summed by itself.
         inputs, outputs = 3 + layer.gates, 2
-        sums = 2 * layer.sums if config.fused else inputs + outputs
         add("all-gather", "model", layer.sums * (2 + again), stream, hidden=False)
-        add("reduce-scatter", "model", sums, stream, hidden=False)
+        # Each projection's output, and the gradient through each, is summed by itself.
+        add("reduce-scatter", "model", inputs + outputs, stream, hidden=False)
         kernels = inputs + outputs
         add("all-gather", "data", kernels * (1 + again), weights / kernels, hidden=True)
         add("reduce-scatter", "data", kernels, weights / kernels, hidden=True)
@@ -284,7 +283,7 @@ def bandwidth(chip: Chip, shape: tuple[int, int, int], axis: str, devices_per_no
 
 def _state_memory(recipe: Recipe, shape: tuple[int, int, int]) -> dict[str, int]:
     """`memory.state_memory`, whose trace takes a tenth of a second, by no more than it depends on."""
-    model = dataclasses.replace(recipe.model, remat="none", overlap=False, fused=False, scan_unroll=1, attention="xla")
+    model = dataclasses.replace(recipe.model, remat="none", overlap=False, scan_unroll=1, attention="xla")
     optim = recipe.optim
     return _cached_state_memory(model, optim.name, optim.momentum_dtype, optim.ema_decay > 0, shape[1:])
 

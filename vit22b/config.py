@@ -95,12 +95,10 @@ class ModelConfig:
     # 'bf16', 'fp32', or 'fp8': bf16, but 8-bit floats in the blocks' linear layers, which rounds much more; see
     # vit22b/fp8.py. Parameters, norms, softmax, logits are always fp32.
     matmul: str = "bf16"
-    # One matmul for projections that share an input or an output, or one each. Measured on an H200, bf16, parallel
-    # block, layers unrolled: L/16 at batch 256 41.3 % MFU fused, 46.9 % not; width 6144 at batch 64 58.4 %, 61.0 %.
-    fused: bool = False
     # Communication over 'data' and 'model' in rings beside the matmuls, or as XLA arranges it; see vit22b/ring.py.
     overlap: bool = False
     attention: str = "auto"  # 'auto', 'xla', 'cudnn'
+    kernels: str = "auto"  # of norms and activations: 'pallas' (vit22b/kernels.py), 'xla', 'auto': pallas on a GPU
     remat: str = "none"  # recomputed in the backward pass: 'none', 'full', 'dots', 'attention'; see model.REMAT
     scan_unroll: int = 1  # layers per iteration of the scan; >= depth: no loop at all
 
@@ -145,6 +143,7 @@ class ModelConfig:
         check_choice("model.remat", self.remat, ("none", "full", "dots", "attention"))
         check_choice("model.matmul", self.matmul, ("bf16", "fp32", "fp8"))
         check_choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
+        check_choice("model.kernels", self.kernels, ("auto", "xla", "pallas"))
         check(
             self.width % self.num_heads == 0,
             "model.num_heads",
@@ -177,13 +176,12 @@ class ModelConfig:
             "'cudnn'",
             "needs model.matmul='bf16' or 'fp8'",
         )
-        for name in ("overlap", "fused"):
-            check(
-                self.matmul != "fp8" or not getattr(self, name),
-                f"model.{name}",
-                "true",
-                f"not with model.matmul='fp8'; use model.{name}=false or model.matmul='bf16'",
-            )
+        check(
+            self.matmul != "fp8" or not self.overlap,
+            "model.overlap",
+            "true",
+            "not with model.matmul='fp8'; use model.overlap=false or model.matmul='bf16'",
+        )
 
 
 def nearest_divisors(number: int, value: int) -> str:
@@ -346,9 +344,9 @@ RESUMABLE = (
     "mesh.",
     "run.",
     "model.attention",
+    "model.kernels",
     "model.remat",
     "model.scan_unroll",
-    "model.fused",
     "model.overlap",
     "data.train",
     "data.validation",

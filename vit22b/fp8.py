@@ -78,57 +78,68 @@ def product(equation: str, a: Quantized, b: Quantized, out_sharding: P) -> jax.A
     return y * (a.scale * b.scale).astype(jnp.bfloat16)
 
 
-def total(products: list[jax.Array]) -> jax.Array:
+def products(
+    equation: str, lefts: list[Quantized], rights: list[Quantized], specs: list[P], regions: tuple[str, ...]
+) -> list[jax.Array]:
+    """The einsum of each pair, under the scope of its region."""
+    found = []
+    for left, right, spec, region in zip(lefts, rights, specs, regions, strict=True):
+        with jax.named_scope(region):
+            found.append(product(equation, left, right, spec))
+    return found
+
+
+def total(terms: list[jax.Array]) -> jax.Array:
     """Their sum, each new product the first operand: the one that XLA tries as the matmul to add the other to."""
-    return functools.reduce(lambda so_far, new: new + so_far, products)
+    return functools.reduce(lambda so_far, new: new + so_far, terms)
 
 
-@jax.custom_vjp
-def column(x_BTD: jax.Array, kernels: list[jax.Array]) -> list[jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def column(x_BTD: jax.Array, kernels: list[jax.Array], regions: tuple[str, ...]) -> list[jax.Array]:
     """`x @ w`, bf16 (B, T, K) as HIDDEN, for each kernel w: x is bf16 (B, T, D) as RESIDUAL, w fp32 (D, K), split as
-    `linear.KERNEL_IN`. So are the gradients.
+    `linear.KERNEL_IN`. So are the gradients. `regions`: the scope of each kernel's matmuls.
     """
-    return _column_forward(x_BTD, kernels)[0]
+    return _column_forward(x_BTD, kernels, regions)[0]
 
 
-def _column_forward(x_BTD: jax.Array, kernels: list[jax.Array]) -> tuple[list[jax.Array], tuple]:
+def _column_forward(x_BTD: jax.Array, kernels: list[jax.Array], regions: tuple[str, ...]) -> tuple:
     x, ws = quantize(x_BTD, FORWARD), [quantize(w, FORWARD) for w in kernels]
-    ys = [product("btd,dk->btk", whole(x, 2), whole(w, 0), HIDDEN) for w in ws]
+    ys = products("btd,dk->btk", [whole(x, 2)] * len(ws), [whole(w, 0) for w in ws], [HIDDEN] * len(ws), regions)
     # Without the barrier XLA 0.11 makes GELU a part of the matmul, writing its input beside its output, and then fails
     # to compile: "RET_CHECK failure (thunk_emitter.cc) !has_aux_output"; it has that for bf16 matmuls alone.
     return [jax.lax.optimization_barrier(y) for y in ys], (x, ws)
 
 
-def _column_backward(saved: tuple, dys_BTK: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+def _column_backward(regions: tuple[str, ...], saved: tuple, dys_BTK: list[jax.Array]) -> tuple:
     x, ws = saved
     dys = [quantize(dy, BACKWARD) for dy in dys_BTK]
-    dxs = [product("btk,dk->btd", dy, whole(w, 0), RESIDUAL) for dy, w in zip(dys, ws, strict=True)]
-    dws = [product("btd,btk->dk", whole(x, 2), dy, _spec(w)) for dy, w in zip(dys, ws, strict=True)]
+    dxs = products("btk,dk->btd", dys, [whole(w, 0) for w in ws], [RESIDUAL] * len(ws), regions)
+    dws = products("btd,btk->dk", [whole(x, 2)] * len(ws), dys, [_spec(w) for w in ws], regions)
     return total(dxs), [dw.astype(jnp.float32) for dw in dws]
 
 
 column.defvjp(_column_forward, _column_backward)
 
 
-@jax.custom_vjp
-def row(inputs: list[jax.Array], kernels: list[jax.Array]) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def row(inputs: list[jax.Array], kernels: list[jax.Array], regions: tuple[str, ...]) -> jax.Array:
     """The sum over pairs of `x @ w`: bf16 (B, T, K) as HIDDEN and fp32 (K, D), split as `linear.KERNEL_OUT`, give
     bf16 (B, T, D) as RESIDUAL. So are the gradients.
     """
-    return _row_forward(inputs, kernels)[0]
+    return _row_forward(inputs, kernels, regions)[0]
 
 
-def _row_forward(inputs: list[jax.Array], kernels: list[jax.Array]) -> tuple[jax.Array, tuple]:
+def _row_forward(inputs: list[jax.Array], kernels: list[jax.Array], regions: tuple[str, ...]) -> tuple:
     xs, ws = [quantize(x, FORWARD) for x in inputs], [quantize(w, FORWARD) for w in kernels]
-    ys = [product("btk,kd->btd", x, whole(w, 1), RESIDUAL) for x, w in zip(xs, ws, strict=True)]
+    ys = products("btk,kd->btd", xs, [whole(w, 1) for w in ws], [RESIDUAL] * len(ws), regions)
     return total(ys), (xs, ws)
 
 
-def _row_backward(saved: tuple, dy_BTD: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+def _row_backward(regions: tuple[str, ...], saved: tuple, dy_BTD: jax.Array) -> tuple:
     xs, ws = saved
     dy = whole(quantize(dy_BTD, BACKWARD), 2)
-    dxs = [product("btd,kd->btk", dy, whole(w, 1), HIDDEN) for w in ws]
-    dws = [product("btk,btd->kd", x, dy, _spec(w)) for x, w in zip(xs, ws, strict=True)]
+    dxs = products("btd,kd->btk", [dy] * len(ws), [whole(w, 1) for w in ws], [HIDDEN] * len(ws), regions)
+    dws = products("btk,btd->kd", xs, [dy] * len(ws), [_spec(w) for w in ws], regions)
     return dxs, [dw.astype(jnp.float32) for dw in dws]
 
 

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
-from jax.sharding import reshard
+from jax.sharding import get_abstract_mesh, reshard
 
-from vit22b import init
+from vit22b import init, kernels
 from vit22b.config import ModelConfig
 from vit22b.linear import KERNEL_IN, KERNEL_OUT, column_parallel, row_parallel
 from vit22b.sharding import HEADS, HIDDEN
@@ -39,6 +40,12 @@ def vector(size: int, value: float = 0.0) -> nnx.Param:
     return nnx.Param(jnp.full((size,), value, jnp.float32))
 
 
+def use_kernels(config: ModelConfig, x: jax.Array) -> bool:
+    """Whether Pallas kernels compute norms and activations of `x`."""
+    on = config.kernels == "pallas" or (config.kernels == "auto" and jax.default_backend() == "gpu")
+    return on and kernels.fits(x.shape[-1], x.dtype)
+
+
 class Norm(nnx.Module):
     """RMSNorm (ViT-22B's un-centred LayerNorm) or LayerNorm over the last dimension, in fp32.
 
@@ -48,17 +55,26 @@ class Norm(nnx.Module):
     def __init__(self, size: int, config: ModelConfig):
         self.scale = vector(size, 1.0)
         self.bias = vector(size) if config.norm_bias else None
-        self.centred = config.norm == "layer"
-        self.epsilon = config.norm_epsilon
+        self.config = config
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        config, centred = self.config, self.config.norm == "layer"
+        scale, bias = self.scale[...], None if self.bias is None else self.bias[...]
+        spec = jax.typeof(x).sharding.spec
+        whole_rows = all(get_abstract_mesh().shape[axis] == 1 for axis in mesh_axes(spec[-1]))
+        if use_kernels(config, x) and whole_rows and x.shape[-1] <= kernels.MAX_WIDTH:
+            norm = functools.partial(kernels.norm, centred=centred, epsilon=config.norm_epsilon)
+            return jax.shard_map(norm, in_specs=(spec, P(), P()), out_specs=spec, check_vma=False)(x, scale, bias)
         y = x.astype(jnp.float32)
-        if self.centred:
+        if centred:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon) * self.scale[...]
-        if self.bias is not None:
-            y = y + self.bias[...]
-        return y.astype(x.dtype)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon) * scale
+        return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that an entry of a PartitionSpec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 class Branch(nnx.Module):
@@ -67,17 +83,18 @@ class Branch(nnx.Module):
     The matmuls themselves are `apply_branches`'s, which can thus fuse those of several branches.
     """
 
+    region: str  # name of its scope, by which profiles are read
     out: nnx.Param  # (K, D)
     out_bias: nnx.Param | None
     scale: nnx.Param | None  # LayerScale [Touvron 2021, section 2]
 
     @property
-    def inputs(self) -> list[tuple[nnx.Param, nnx.Param | None]]:
-        """The (D, K) kernels, each with its bias."""
+    def inputs(self) -> list[nnx.Param]:
+        """The (D, K) kernels."""
         raise NotImplementedError
 
     def hidden(self, ys: list[jax.Array], rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-        """From the projections of `inputs`, (B, T, K) each, to what `out` projects back, (B, T, K)."""
+        """From products with `inputs`, (B, T, K) each, without biases, to what `out` projects back, (B, T, K)."""
         raise NotImplementedError
 
     def scaled(self, w: nnx.Param) -> jax.Array:
@@ -90,6 +107,8 @@ class Branch(nnx.Module):
 
 class Attention(Branch):
     """Multi-head self-attention, optionally with query-key normalization [Dehghani 2023, section 2]."""
+
+    region = "attention"
 
     def __init__(self, config: ModelConfig, key: jax.Array, qk_norm: str, layer_scale: float):
         width, specs = config.width, (KERNEL_IN, KERNEL_IN, KERNEL_IN, KERNEL_OUT)
@@ -112,11 +131,11 @@ class Attention(Branch):
         self.implementation = config.attention
 
     @property
-    def inputs(self) -> list[tuple[nnx.Param, nnx.Param | None]]:
-        return [(self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias)]
+    def inputs(self) -> list[nnx.Param]:
+        return [self.query, self.key, self.value]
 
     def hidden(self, ys: list[jax.Array], rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-        q, k, v = ys
+        q, k, v = map(add_bias, ys, (self.query_bias, self.key_bias, self.value_bias))
         if self.qk_norm == "width":
             q, k = self.query_norm(q), self.key_norm(k)
         q_BTNH, k_BTNH, v_BTNH = (self._split_heads(x) for x in (q, k, v))
@@ -124,8 +143,7 @@ class Attention(Branch):
             q_BTNH, k_BTNH = self.query_norm(q_BTNH), self.key_norm(k_BTNH)
         if rope is not None:
             q_BTNH, k_BTNH = rotate(q_BTNH, *rope), rotate(k_BTNH, *rope)
-        with jax.named_scope("attention"):
-            y_BTNH = dot_product_attention(q_BTNH, k_BTNH, v_BTNH, self.implementation)
+        y_BTNH = dot_product_attention(q_BTNH, k_BTNH, v_BTNH, self.implementation)
         return checkpoint_name(jax.lax.reshape(y_BTNH, q.shape, out_sharding=HIDDEN), "attention")
 
     def _split_heads(self, x_BTK: jax.Array) -> jax.Array:
@@ -178,6 +196,8 @@ def rope_angles(grid: tuple[int, int], num_prefix: int, head_dim: int, base: flo
 class MLP(Branch):
     """A dense layer, GELU, a dense layer; or SwiGLU [Shazeer 2020]."""
 
+    region = "mlp"
+
     def __init__(self, config: ModelConfig, key: jax.Array, layer_scale: float):
         gate_key, up_key, out_key = jax.random.split(key, 3)
         width, hidden, gated = config.width, config.mlp_dim, config.mlp == "swiglu"
@@ -188,38 +208,61 @@ class MLP(Branch):
         self.up_bias = vector(hidden) if config.mlp_bias else None
         self.out_bias = vector(width) if config.mlp_bias else None
         self.scale = vector(width, layer_scale) if layer_scale else None
-        self.activation = config.mlp
+        self.config = config
 
     @property
-    def inputs(self) -> list[tuple[nnx.Param, nnx.Param | None]]:
-        gate = [] if self.gate is None else [(self.gate, self.gate_bias)]
-        return [*gate, (self.up, self.up_bias)]
+    def inputs(self) -> list[nnx.Param]:
+        return [self.up] if self.gate is None else [self.gate, self.up]
 
     def hidden(self, ys: list[jax.Array], rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
-        with jax.named_scope("mlp"):
-            y = ACTIVATIONS[self.activation](ys[0])
-            return y if self.gate is None else y * ys[1]
+        if self.gate is None:
+            return self._activate(ys[0], self.up_bias)
+        return self._activate(ys[0], self.gate_bias) * add_bias(ys[1], self.up_bias)
+
+    def _activate(self, x_BTF: jax.Array, bias: nnx.Param | None) -> jax.Array:
+        """The activation of x + bias."""
+        name = self.config.mlp
+        if use_kernels(self.config, x_BTF) and name in kernels.SLOPES:
+            split = P(HIDDEN[-1])
+            bias_F = jnp.zeros(x_BTF.shape[-1:], out_sharding=split) if bias is None else reshard(bias[...], split)
+            activate = functools.partial(kernels.activation, name=name)
+            return jax.shard_map(activate, in_specs=(HIDDEN, split), out_specs=HIDDEN, check_vma=False)(x_BTF, bias_F)
+        # Only its input is kept for the backward pass, not the several values that its derivative is made of.
+        return jax.checkpoint(lambda x: ACTIVATIONS[name](add_bias(x, bias)))(x_BTF)
 
 
 def apply_branches(
     norm: Norm, branches: list[Branch], x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array] | None, config: ModelConfig
 ) -> jax.Array:
     """What the branches, reading one norm of the residual stream, add to it: (B, T, D) to (B, T, D)."""
-    inputs = [pair for branch in branches for pair in branch.inputs]
-    ys = column_parallel(norm(x_BTD), [w for w, _ in inputs], config)
-    ys = add_biases(ys, [bias for _, bias in inputs])
+    inputs = [(w, branch.region) for branch in branches for w in branch.inputs]
+    with jax.named_scope("norm"):
+        normed_BTD = norm(x_BTD)
+    ys = column_parallel(normed_BTD, [w for w, _ in inputs], [region for _, region in inputs], config)
     hidden = []
     for branch in branches:
         count = len(branch.inputs)
-        hidden.append(branch.hidden(ys[:count], rope))
+        with jax.named_scope(branch.region):
+            hidden.append(branch.hidden(ys[:count], rope))
         ys = ys[count:]
-    out_BTD = row_parallel(hidden, [branch.scaled(branch.out) for branch in branches], config)
+    regions = [branch.region for branch in branches]
+    out_BTD = row_parallel(hidden, [branch.scaled(branch.out) for branch in branches], regions, config)
     for branch in branches:
         if branch.out_bias is not None:
-            out_BTD = out_BTD + branch.scaled(branch.out_bias).astype(out_BTD.dtype)
+            with jax.named_scope(branch.region):
+                out_BTD = out_BTD + branch.scaled(branch.out_bias).astype(out_BTD.dtype)
     return out_BTD
 
 
-def add_biases(ys: list[jax.Array], biases: list[nnx.Param | None]) -> list[jax.Array]:
-    """Each output plus its bias, in the output's dtype; None adds nothing."""
-    return [y if b is None else y + b[...].astype(y.dtype) for y, b in zip(ys, biases, strict=True)]
+def add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    """y plus a bias over its last dim, in y's dtype; None adds nothing."""
+    return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+def add_residual(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+    """The residual stream with a layer's part added."""
+    x_BTD = x_BTD + y_BTD
+    if jax.default_backend() != "gpu":
+        return x_BTD
+    # Left to itself XLA for GPUs lays the stream out with the batch last, and every norm and matmul transposes it.
+    return with_layout_constraint(x_BTD, Layout((0, 1, 2)))

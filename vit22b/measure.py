@@ -16,7 +16,15 @@ from vit22b.flops import train_flops
 from vit22b.hardware import GIB, peak_flops
 from vit22b.memory import check_step_memory, step_bytes
 from vit22b.sources import Source
-from vit22b.step import TrainState, abstract_batch, abstract_state, compile_train_step, init_state, trace_train_step
+from vit22b.step import (
+    TrainState,
+    abstract_batch,
+    abstract_state,
+    compile_train_step,
+    compiler_options,
+    init_state,
+    trace_train_step,
+)
 from vit22b.timing import spread, time_groups, warm_up
 from vit22b.train import place
 
@@ -115,7 +123,9 @@ def random_batch(recipe: Recipe, mesh: Mesh) -> dict[str, jax.Array]:
 def profile_steps(recipe: Recipe, state: TrainState, runner: Runner, platform: str) -> dict[str, object]:
     """'regions' and 'kinds' of `profile.Shares`, or None each and a line in 'profile_error'. Never raises."""
     try:
-        runner.step = compiled = profile.compile_for_profile(trace_train_step(recipe, state), platform)
+        runner.step = compiled = profile.compile_for_profile(
+            trace_train_step(recipe, state), platform, compiler_options(recipe)
+        )
         runner.run(1)
         events = profile.record(lambda: runner.run(PROFILED))
         found = dataclasses.asdict(profile.shares(compiled.as_text() or "", events))

@@ -20,7 +20,8 @@ from vit22b.layers import (
     MLP,
     Attention,
     Norm,
-    add_biases,
+    add_bias,
+    add_residual,
     apply_branches,
     rope_angles,
     vector,
@@ -71,7 +72,7 @@ class Block(nnx.Module):
             steps = [(self.norm, [self.attention]), (self.mlp_norm, [self.mlp])]
         for i, (norm, branches) in enumerate(steps):
             y_BTD = apply_branches(norm, branches, x_BTD, rope, self.config)
-            x_BTD = x_BTD + (y_BTD if keep_SB11 is None else y_BTD * keep_SB11[i])
+            x_BTD = add_residual(x_BTD, y_BTD if keep_SB11 is None else y_BTD * keep_SB11[i])
         return x_BTD
 
 
@@ -94,11 +95,13 @@ class MAPHead(nnx.Module):
         """(B, T, D) to (B, D)."""
         probe = self.probe[...].astype(x_BTD.dtype)
         query_B1D = jnp.broadcast_to(probe, (x_BTD.shape[0], *probe.shape), out_sharding=BATCH)
-        (query, *key_value), biases = zip(*self.attention.inputs, strict=True)
-        projected = column_parallel(query_B1D, [query], self.config) + column_parallel(x_BTD, key_value, self.config)
-        hidden = self.attention.hidden(add_biases(projected, biases), rope=None)
-        y_B1D = row_parallel([hidden], [self.attention.out[...]], self.config)
-        y_B1D = add_biases([y_B1D], [self.attention.out_bias])[0]
+        attention, region = self.attention, self.attention.region
+        query, *key_value = attention.inputs
+        projected = column_parallel(query_B1D, [query], [region], self.config)
+        projected += column_parallel(x_BTD, key_value, [region] * 2, self.config)
+        with jax.named_scope(region):
+            hidden = attention.hidden(projected, rope=None)
+        y_B1D = add_bias(row_parallel([hidden], [attention.out[...]], [region], self.config), attention.out_bias)
         return (y_B1D + apply_branches(self.norm, [self.mlp], y_B1D, None, self.config))[:, 0]
 
 
@@ -134,9 +137,11 @@ class ViT(nnx.Module):
 
         `key` turns stochastic depth on. `layers` names the blocks (0-based) whose output is returned too.
         """
-        x_BTD, grid = self.embed(images)
+        with jax.named_scope("embed"):
+            x_BTD, grid = self.embed(images)
         x_BTD, kept = self.run_blocks(x_BTD, grid, key, layers)
-        tokens_BTD = self.norm(x_BTD)
+        with jax.named_scope("norm"):
+            tokens_BTD = self.norm(x_BTD)
         with jax.named_scope("head"):
             pooled_BD = reshard(self.pool(tokens_BTD).astype(jnp.float32), BATCH)
             kernel_DC = reshard(self.head_kernel[...], P(None, None))

@@ -174,13 +174,15 @@ def record(run: Callable[[], None]) -> list[Event]:
         return [event for path in Path(folder).rglob("*.xplane.pb") for event in read_events(path)]
 
 
-def compile_for_profile(traced: jax.stages.Traced, platform: str) -> jax.stages.Compiled:
-    """The traced function compiled so that its events carry the names of instructions.
+def compile_for_profile(
+    traced: jax.stages.Traced, platform: str, options: dict[str, bool | str]
+) -> jax.stages.Compiled:
+    """The traced function compiled with XLA's `options`, and so that its events carry the names of instructions.
 
     On GPUs that takes command buffers (CUDA graphs) off, which hide them.
     """
-    options = {"xla_gpu_enable_command_buffer": ""} if platform == "gpu" else None
-    return traced.lower().compile(compiler_options=options)
+    graphs_off: dict[str, bool | str] = {"xla_gpu_enable_command_buffer": ""} if platform == "gpu" else {}
+    return traced.lower().compile(compiler_options=options | graphs_off)
 
 
 def shares(text: str, events: list[Event]) -> Shares:

@@ -62,8 +62,11 @@ def supervised_loss(recipe: Recipe, model: ViT, batch: dict, key: jax.Array) -> 
     """Mean loss of a (micro)batch of uint8 images and integer labels, augmented on the device."""
     mix_key, model_key = jax.random.split(key)
     targets_BC = jax.nn.one_hot(batch["label"], recipe.model.num_classes)
-    images, targets_BC = mix(normalize(batch["image"], recipe.data), targets_BC, mix_key, recipe.data)
-    return jnp.mean(classification_loss(model(images, key=model_key).logits, targets_BC, recipe.loss))
+    with jax.named_scope("input"):
+        images, targets_BC = mix(normalize(batch["image"], recipe.data), targets_BC, mix_key, recipe.data)
+    logits_BC = model(images, key=model_key).logits
+    with jax.named_scope("loss"):
+        return jnp.mean(classification_loss(logits_BC, targets_BC, recipe.loss))
 
 
 def loss_and_gradients(recipe: Recipe, model: ViT, batch: dict, key: jax.Array) -> tuple[jax.Array, ViT]:
@@ -117,9 +120,16 @@ def trace_train_step(recipe: Recipe, state: TrainState) -> jax.stages.Traced:
     return jax.jit(functools.partial(train_step, recipe), donate_argnums=0).trace(state, abstract_batch(recipe))
 
 
+def compiler_options(recipe: Recipe) -> dict[str, bool | str]:
+    """XLA's options for the train step on the devices in use, beside those in XLA_FLAGS."""
+    # XLA tries its Triton matmuls for each fp8 one: minutes of compilation, and cuBLASLt's were faster on an H200.
+    gpu = jax.default_backend() == "gpu"
+    return {"xla_gpu_enable_triton_gemm": False} if gpu and recipe.model.matmul == "fp8" else {}
+
+
 def compile_train_step(recipe: Recipe, state: TrainState) -> jax.stages.Compiled:
     """The traced step, compiled ahead of time."""
-    return trace_train_step(recipe, state).lower().compile()
+    return trace_train_step(recipe, state).lower().compile(compiler_options=compiler_options(recipe))
 
 
 def compile_eval_step(recipe: Recipe, model: ViT) -> jax.stages.Compiled:

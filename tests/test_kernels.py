@@ -1,0 +1,159 @@
+"""Pallas kernels of norms and activations, interpreted on the CPU, against NumPy in fp64 and against XLA."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MeshFactory
+
+from vit22b import kernels, sharding
+from vit22b.config import DataConfig, ModelConfig, Recipe
+from vit22b.names import named_leaves
+from vit22b.step import init_state, loss_and_gradients
+
+# bf16 has 8 bits of mantissa: rounding a result errs by 2^-9 of it at most, by about 2^-9 / sqrt(3) on average.
+ROUNDING = 2.0**-9
+
+
+def relative_error(found: jax.Array, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / np.linalg.norm(expected))
+
+
+def random(shape: tuple[int, ...], seed: int, scale: float = 1.0, offset: float = 0.0) -> np.ndarray:
+    """Random values that bf16 represents."""
+    values = np.random.default_rng(seed).normal(size=shape) * scale + offset
+    return np.asarray(jnp.asarray(values, jnp.bfloat16), np.float64)
+
+
+def numpy_norm(x, scale, bias, grad, centred: bool, epsilon: float) -> dict[str, np.ndarray]:
+    """Value and gradients by the chain rule through mean, variance and quotient, one after another."""
+    width = x.shape[-1]
+    mean = x.mean(-1, keepdims=True) if centred else 0.0
+    d = x - mean
+    variance = (d * d).mean(-1, keepdims=True)
+    root = np.sqrt(variance + epsilon)
+    y = d / root
+    rows = tuple(range(x.ndim - 1))
+    g = grad * scale
+    grad_d = g / root
+    grad_variance = (-0.5 * g * d / root**3).sum(-1, keepdims=True)
+    grad_d = grad_d + grad_variance * 2 * d / width
+    grad_x = grad_d - grad_d.mean(-1, keepdims=True) if centred else grad_d
+    return {
+        "value": y * scale + (0.0 if bias is None else bias),
+        "x": grad_x,
+        "scale": (grad * y).sum(rows),
+        "bias": grad.sum(rows),
+    }
+
+
+# Rows that fill no tile, widths that are no power of two, more rows than one program takes, a row per tile.
+@pytest.mark.parametrize("shape", [(3, 5, 72), (700, 24), (2, 3, 4, 64), (5, 4104)])
+@pytest.mark.parametrize(("centred", "with_bias"), [(False, False), (True, True), (True, False)])
+def test_norms_equal_numpys(shape: tuple[int, ...], centred: bool, with_bias: bool) -> None:
+    x, grad = random(shape, 0, 2.0, 0.5), random(shape, 1)
+    scale, bias = random(shape[-1:], 2, 0.3, 1.0), random(shape[-1:], 3) if with_bias else None
+    expected = numpy_norm(x, scale, bias, grad, centred, 1e-3)
+    vectors = [None if v is None else jnp.asarray(v, jnp.float32) for v in (scale, bias)]
+    y, pullback = jax.vjp(lambda *a: kernels.norm(*a, centred, 1e-3), jnp.asarray(x, jnp.bfloat16), *vectors)
+    grads = pullback(jnp.asarray(grad, jnp.bfloat16))
+    assert y.dtype == grads[0].dtype == jnp.bfloat16
+    assert relative_error(y, expected["value"]) < ROUNDING
+    assert relative_error(grads[0], expected["x"]) < ROUNDING
+    assert relative_error(grads[1], expected["scale"]) < 1e-5
+    if with_bias:
+        assert relative_error(grads[2], expected["bias"]) < 1e-5
+
+
+def normal_cdf(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def tanh_gelu(x: np.ndarray) -> np.ndarray:
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+VALUES = {"gelu": lambda x: x * normal_cdf(x), "gelu_tanh": tanh_gelu}
+
+
+@pytest.mark.parametrize("name", kernels.SLOPES)
+@pytest.mark.parametrize("shape", [(3, 5, 304), (300, 24), (4, 512)])
+def test_activations_equal_numpys(name: str, shape: tuple[int, ...]) -> None:
+    x, bias, grad = random(shape, 0, 2.0), random(shape[-1:], 1), random(shape, 2)
+    value, step = VALUES[name], 1e-5
+    slope = (value(x + bias + step) - value(x + bias - step)) / (2 * step)
+    y, pullback = jax.vjp(
+        lambda x, b: kernels.activation(x, b, name), jnp.asarray(x, jnp.bfloat16), jnp.asarray(bias, jnp.float32)
+    )
+    grad_x, grad_bias = pullback(jnp.asarray(grad, jnp.bfloat16))
+    assert relative_error(y, value(x + bias)) < ROUNDING
+    assert relative_error(grad_x, grad * slope) < ROUNDING
+    assert relative_error(grad_bias, (grad * slope).sum(tuple(range(x.ndim - 1)))) < 1e-5
+
+
+@pytest.mark.parametrize("name", kernels.SLOPES)
+def test_activations_of_extreme_values_are_finite(name: str) -> None:
+    x = jnp.array([[-3e38, -1e4, -30.0, -0.0, 0.0, 30.0, 1e4, 3e38]], jnp.bfloat16)
+    y, pullback = jax.vjp(lambda x: kernels.activation(x, jnp.zeros(8), name), x)
+    (slope,) = pullback(jnp.ones_like(x))
+    np.testing.assert_array_equal(y[0], np.where(np.asarray(x[0], np.float32) > 0, x[0], 0.0).astype(y.dtype))
+    np.testing.assert_allclose(np.asarray(slope[0], np.float32), [0, 0, 0, 0.5, 0.5, 1, 1, 1], atol=1e-6)
+
+
+CONFIG = ModelConfig(width=32, depth=2, mlp_dim=64, num_heads=2, num_classes=10, image_size=8, patch_size=4, pool="gap")
+CONFIGS = {
+    "vit22b": CONFIG,
+    "layer norm": dataclasses.replace(
+        CONFIG, block="sequential", norm="layer", norm_bias=True, mlp="gelu", qk_norm="width", mlp_bias=False
+    ),
+}
+
+
+@functools.cache
+def gradients(config: ModelConfig, shape: tuple[int, int, int], mesh) -> dict[str, np.ndarray]:
+    """Of the loss of one batch of random images, by name; the classifier is not zero."""
+    data = DataConfig(train="digits", validation="digits")
+    recipe = Recipe(name="t", total_steps=1, batch_size=8, model=config, data=data)
+    rng = np.random.default_rng(2)
+    batch = {
+        "image": rng.integers(0, 256, (8, config.image_size, config.image_size, 3), dtype=np.uint8),
+        "label": rng.integers(0, config.num_classes, 8, dtype=np.int32),
+    }
+    with mesh(*shape) as m:
+        model = jax.jit(functools.partial(init_state, recipe))().model
+        head = rng.normal(size=model.head_kernel.shape).astype(np.float32)
+        model.head_kernel[...] = jax.device_put(head, model.head_kernel[...].sharding)
+        placed = {name: jax.device_put(x, jax.NamedSharding(m, sharding.BATCH)) for name, x in batch.items()}
+        _, grads = jax.jit(functools.partial(loss_and_gradients, recipe))(model, placed, jax.random.key(0))
+        return {name: np.asarray(leaf) for name, leaf in named_leaves(grads).items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_a_models_gradients_err_with_kernels_as_much_as_without(name: str, shape: tuple, mesh: MeshFactory) -> None:
+    config = CONFIGS[name]
+    exact = gradients(dataclasses.replace(config, matmul="fp32"), (1, 1, 1), mesh)
+    errors = {}
+    for kind in ("xla", "pallas"):
+        found = gradients(dataclasses.replace(config, kernels=kind), shape, mesh)
+        difference = sum(float(np.square(found[n] - exact[n]).sum()) for n in exact)
+        errors[kind] = math.sqrt(difference / sum(float(np.square(g).sum()) for g in exact.values()))
+    assert 0 < errors["xla"] < 0.05  # bf16
+    assert 0 < errors["pallas"] < 1.5 * errors["xla"]
+
+
+def test_kernels_are_in_the_program_where_they_are_asked_for(mesh: MeshFactory) -> None:
+    data = DataConfig(train="digits", validation="digits")
+    for kind, expected in (("auto", False), ("xla", False), ("pallas", True)):
+        config = dataclasses.replace(CONFIG, kernels=kind)
+        recipe = Recipe(name="t", total_steps=1, batch_size=8, model=config, data=data)
+        with mesh(1, 1, 1):
+            model = jax.eval_shape(functools.partial(init_state, recipe)).model
+            images = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.float32)
+            program = str(jax.make_jaxpr(lambda m, x: m(x).logits)(model, images))
+        for kernel in ("norm_forward", "activation_forward"):
+            assert (kernel in program) == expected, (kind, kernel)
