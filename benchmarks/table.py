@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 HEADINGS = (
-    *("recipe", "batch", "matmul", "img/s", "ms", "middle half, ms", "MFU", "GiB", "compile, s", "vs timm"),
-    *("jax", "device", "date", "command"),
+    *("recipe", "batch", "matmul", "img/s", "ms", "middle half, ms", "MFU", "GiB", "compile, s", "MHz"),
+    *("vs timm", "jax", "device", "date", "command"),
 )
 
 
@@ -27,13 +27,8 @@ def read_records(path: Path) -> list[dict]:
 
 
 def command(arguments: list[str]) -> str:
-    """The command line that made a record, without where it wrote it."""
-    kept, skip = [], False
-    for argument in arguments:
-        if not (skip or argument == "--json" or argument.startswith("--json=")):
-            kept.append(argument)
-        skip = argument == "--json"
-    return "python launch/bench.py " + shlex.join(kept)
+    """The command line that made a record."""
+    return "python launch/bench.py " + shlex.join(arguments)
 
 
 def row(record: dict) -> list[str]:
@@ -53,6 +48,7 @@ def row(record: dict) -> list[str]:
         number("mfu", ".1f", 100, " %"),
         number("peak_gib", ".1f"),
         number("compile_s", ".0f"),
+        number("sm_clock_mhz", ",.0f"),
         number("vs_timm", ".2f"),
         record["jax"],
         (f"{record['devices']} x " if record["devices"] > 1 else "") + record["device_kind"],

@@ -18,7 +18,7 @@ Expected: the source reports 89.5 % top-1 on ImageNet-1k of a linear probe on th
     that stays near that of guessing, 11.3.
 Measured: only for speed, some 20 steps on random images with JAX 0.11.2 and bf16. 1B at batch 256 on one H200: 298
     images/s, 48.8 % MFU; at batch 512 on two: 603 images/s by FSDP, 547 tensor parallel. No rung has been trained.
-    Compiled, not run, for 1,024 TPU v4 chips by launch/plan.py: 20.4 GiB a chip; 14.1 s a step by XLA's estimates.
+    Compiled, not run, for 1,024 TPU v4 chips by launch/plan.py: 20.3 GiB a chip; 14.0 s a step by XLA's estimates.
 
 Differences from the source: the data; one label per image, where JFT has several. Smaller rungs are not in the source:
     their batch sizes, with its steps and learning rate, are our choice and untuned. From 1B on all activations are

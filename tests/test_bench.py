@@ -284,24 +284,31 @@ def test_the_peer_needs_no_jax_and_names_the_packages_it_lacks() -> None:
 RECORD = {
     **{"recipe": "r", "batch_size": 1024, "matmul": "bf16", "images_per_second": 1234.5, "step_ms": 829.04},
     **{"step_ms_p25": 828.0, "step_ms_p75": 831.26, "mfu": 0.4567, "peak_gib": 51.26, "compile_s": 33.4},
-    **{"vs_timm": 1.234, "jax": "0.11.2", "devices": 2, "device_kind": "NVIDIA H200", "date": "2026-11-24T01:02:03"},
-    "arguments": ["--config", "r.py:A B", "--json", "b.jsonl", "--input", "real"],
+    **{
+        "sm_clock_mhz": 1485.0,
+        "vs_timm": 1.234,
+        "jax": "0.11.2",
+        "devices": 2,
+        "device_kind": "NVIDIA H200",
+        "date": "2026-11-24T01:02:03",
+    },
+    "arguments": ["--config", "r.py:A B", "--input", "real"],
 }
 
 
 def test_a_table_has_a_row_for_each_record(tmp_path) -> None:
-    unknown = dict.fromkeys(("mfu", "peak_gib", "vs_timm")) | {"devices": 1, "arguments": ["--json=b.jsonl"]}
+    unknown = dict.fromkeys(("mfu", "peak_gib", "sm_clock_mhz", "vs_timm")) | {"devices": 1}
     file = tmp_path / "b.jsonl"
     file.write_text(json.dumps(RECORD) + "\n" + json.dumps(RECORD | unknown) + "\n")
     result = run_bench(str(file), program="benchmarks/table.py")
     heading, rule, first, second = result.stdout.splitlines()
     assert heading.count("|") == rule.count("|") == first.count("|") == second.count("|") == len(table.HEADINGS) + 1
     assert first == (
-        "| r | 1,024 | bf16 | 1,234 | 829.0 | 828.0 to 831.3 | 45.7 % | 51.3 | 33 | 1.23 | 0.11.2 | 2 x NVIDIA H200 "
-        "| 2026-11-24 | `python launch/bench.py --config 'r.py:A B' --input real` |"
+        "| r | 1,024 | bf16 | 1,234 | 829.0 | 828.0 to 831.3 | 45.7 % | 51.3 | 33 | 1,485 | 1.23 | 0.11.2 "
+        "| 2 x NVIDIA H200 | 2026-11-24 | `python launch/bench.py --config 'r.py:A B' --input real` |"
     )
     assert second.startswith(
-        "| r | 1,024 | bf16 | 1,234 | 829.0 | 828.0 to 831.3 |  |  | 33 |  | 0.11.2 | NVIDIA H200 |"
+        "| r | 1,024 | bf16 | 1,234 | 829.0 | 828.0 to 831.3 |  |  | 33 |  |  | 0.11.2 | NVIDIA H200 |"
     )
     file.write_text("no json\n")
     result = run_bench(str(file), program="benchmarks/table.py")

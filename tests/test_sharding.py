@@ -190,8 +190,8 @@ def test_fsdp_gathers_each_kernel_once_and_reduces_each_gradient_once(mesh: Mesh
         "all-gather [128,32]": 1,  # MLP out
     }
     assert collectives(MODEL, (1, 8, 1), mesh) == gathers
-    # All gradients in one.
-    gradients = {"all-reduce [128] [224,32] [32,160] [32] [32] [8] [8]": 1}
+    # All gradients in one: of kernels, MLP biases, and norms' scales.
+    gradients = {"all-reduce [128,32] [128] [32,128] [32,32] [32,32] [32,32] [32,32] [32] [32] [8] [8]": 1}
     assert collectives(MODEL, (1, 8, 1), mesh, backward=True) == gathers | gradients
 
 
@@ -200,36 +200,22 @@ def test_replicas_only_reduce_gradients(mesh: MeshFactory) -> None:
     assert list(collectives(MODEL, (8, 1, 1), mesh, backward=True).values()) == [1]
 
 
-def test_tensor_parallelism_gathers_the_normed_stream_once_and_sums_the_output_once(mesh: MeshFactory) -> None:
-    forward = {
-        "all-reduce [8,9]": 1,  # the norm's mean square over the width
-        "all-gather [8,9,32]": 1,  # the normed stream, for all input projections
-        "all-reduce [8,9,32]": 1,  # attention's and the MLP's output in one
-    }
-    assert collectives(MODEL, (1, 1, 4), mesh) == forward
+def test_tensor_parallelism_gathers_the_normed_stream_once_and_sums_each_product(mesh: MeshFactory) -> None:
+    norm, stream = "all-reduce [8,9]", "[8,9,32]"  # the norm's mean square over the width; the stream
+    gathered = f"all-gather {stream}"  # the normed stream, for all input projections
+    # Attention's and the MLP's output, one after the other in the sequential block.
+    parallel = {norm: 1, gathered: 1, f"all-reduce {stream} {stream}": 1}
+    assert collectives(MODEL, (1, 1, 4), mesh) == parallel
     sequential = dataclasses.replace(MODEL, block="sequential")
-    assert collectives(sequential, (1, 1, 4), mesh) == dict.fromkeys(forward, 2)
+    assert collectives(sequential, (1, 1, 4), mesh) == {norm: 2, gathered: 2, f"all-reduce {stream}": 2}
     assert collectives(MODEL, (1, 1, 4), mesh, backward=True) == {
-        "all-reduce [8,9]": 2,  # the norm, and its gradient
-        "all-gather [8,9,32]": 2,  # the normed stream, and the output's gradient
-        "all-reduce [8,9,32]": 1,  # the output
-        "all-reduce [8,9,32] [8] [8]": 1,  # gradients of the normed stream and of the QK-norms' scales
+        norm: 2,  # and its gradient
+        gathered: 2,  # and the output's gradient
+        f"all-reduce {stream} {stream}": 1,
+        # Gradients of the normed stream through query, key, value and up, and of the QK-norms' scales.
+        f"all-reduce {stream} {stream} {stream} {stream} [8] [8]": 1,
         "all-gather [32]": 2,  # gradients of vectors, which are replicated: norm scale, MLP out bias
         "all-gather [128]": 1,  # MLP up bias
-    }
-
-
-def test_tensor_parallelism_without_fusion_sums_each_branch_and_each_projections_gradient(mesh: MeshFactory) -> None:
-    config = dataclasses.replace(MODEL, fused=False)
-    stream = "[8,9,32]"
-    both = collectives(config, (1, 1, 4), mesh, backward=True)
-    assert both == {
-        "all-reduce [8,9]": 2,
-        f"all-gather {stream}": 2,
-        f"all-reduce {stream} {stream}": 1,  # attention's and the MLP's output
-        f"all-reduce {stream} {stream} {stream} {stream} [8] [8]": 1,  # gradients through query, key, value, up
-        "all-gather [32]": 2,
-        "all-gather [128]": 1,
     }
 
 
@@ -241,5 +227,5 @@ def test_all_axes_together_communicate_what_each_does_alone(mesh: MeshFactory) -
         "all-gather [64,32]": 1,  # MLP out
         "all-reduce [2,9]": 1,  # over model, for a quarter of the batch: as above
         "all-gather [2,9,32]": 1,
-        "all-reduce [2,9,32]": 1,
+        "all-reduce [2,9,32] [2,9,32]": 1,
     }

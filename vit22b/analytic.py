@@ -4,9 +4,9 @@ Exact are parameters, optimizer state, matmul FLOPs and what the mesh communicat
 layer is counted as one fused kernel each for norm, QK-norm, activation and residual sum, the backward pass as two
 passes, like the matmuls. Left out: embedding, pooling and loss but for their matmuls, latencies, hosts and input.
 
-GPUs: a prediction, by constants fitted to benchmarks/h200_steps.jsonl. All 18 steps recorded there are met within 6 %
-in time and 14 % in memory (tests/test_analytic.py); none was on more than two GPUs, and none left a server. TPUs: the
-same sums at full rates, hence a bound that is only good for ranking.
+GPUs: a prediction, by constants fitted to benchmarks/h200_steps.jsonl. All 15 steps recorded there, and those in bf16
+of benchmarks/h200.jsonl, are met within 6 % in time and 11 % in memory (tests/test_analytic.py); none was on more than
+two GPUs, and none left a server. TPUs: the same sums at full rates, hence a bound that is only good for ranking.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from vit22b.flops import forward_flops
 from vit22b.hardware import Chip
 from vit22b.memory import state_memory
 
-# Fitted by least squares of the relative error to four of the steps that one H200 was measured at: one_w6_full (wide:
-# matmuls decide), one_1B, one_100M_full (narrow: memory does) and one_100M (every activation goes through memory).
+# Fitted by least squares of the relative error to four steps on one H200: one_w6_full (wide: matmuls decide), one_1B,
+# one_100M_full (narrow: memory does) and one without rematerialisation, by code that kept more and is gone.
 MATMUL_EFFICIENCY = 0.73
 ATTENTION_EFFICIENCY = 0.23  # of peak; in cuDNN's kernels, at 256 tokens
 BANDWIDTH_EFFICIENCY = 0.52
@@ -31,8 +31,8 @@ RING_EXPOSED = 0.2
 FP32_SLOWDOWN = 15.0  # of matmuls against bf16: 67 of 989 TFLOP/s in H200's data sheet
 
 # Values per hidden unit that the activations keep for their gradients where nothing is recomputed, and the output.
-ACTIVATION_SAVES = {"gelu_tanh": 6, "gelu": 4, "swiglu": 6}
-NORM_SAVES = 12  # bytes per element: three fp32 values
+ACTIVATION_SAVES = {"gelu_tanh": 2, "gelu": 2, "swiglu": 4}
+NORM_SAVES = 12  # bytes per element: three fp32 values; the kernels of vit22b/kernels.py keep their input alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +72,7 @@ class Estimate:
 
 def estimate(recipe: Recipe, chip: Chip, shape: tuple[int, int, int], devices_per_node: int) -> Estimate:
     """A step of the recipe on a mesh (replica, data, model); `devices_per_node`: GPUs of a server, joined by NVLink."""
-    layer = Layer(recipe, shape, fused_attention(recipe.model, chip))
+    layer = Layer(recipe, shape, fused_attention(recipe.model, chip), gpu_kernels(recipe.model, chip))
     state = _state_memory(recipe, shape)
     flops, compute_s = _compute(recipe, chip, layer, state)
     batch = layer.images * recipe.optim.accumulate_steps * (3 * recipe.model.image_size**2 + 4)
@@ -80,12 +80,19 @@ def estimate(recipe: Recipe, chip: Chip, shape: tuple[int, int, int], devices_pe
         "parameters": state["parameters"],
         "optimizer": state["optimizer"],
         "batch": batch,
-        # Microbatches: their sum, and the one that is added to it.
-        "gradients": state["gradients"] * (2 if recipe.optim.accumulate_steps > 1 else 1),
+        "gradients": _gradients(recipe, layer, state["gradients"]),
         "activations": int(_activations(recipe, chip, layer)),
     }
     traffic = _communication(recipe, chip, layer, devices_per_node)
     return Estimate(memory=memory, flops=flops, compute_s=compute_s, traffic=traffic)
+
+
+def _gradients(recipe: Recipe, layer: "Layer", whole: int) -> int:
+    """Bytes of gradients at the peak, of which `whole` are those of all parameters in fp32."""
+    if recipe.optim.accumulate_steps > 1:
+        return 2 * whole  # the microbatches' sum, and the one that is added to it
+    # In one program the optimizer reads each layer's gradients as the matmuls wrote them.
+    return whole * layer.item // 4 if layer.unrolled else whole
 
 
 def is_tpu(chip: Chip) -> bool:
@@ -98,17 +105,24 @@ def fused_attention(config: ModelConfig, chip: Chip) -> bool:
     return not is_tpu(chip) and config.attention != "xla" and fits and config.num_tokens % 2 == 0
 
 
+def gpu_kernels(config: ModelConfig, chip: Chip) -> bool:
+    """Whether Pallas kernels compute norms and activations; as `layers.use_kernels` decides."""
+    return not is_tpu(chip) and config.kernels != "xla" and config.matmul != "fp32"
+
+
 class Layer:
     """One layer's sizes on one device, for one microbatch."""
 
-    def __init__(self, recipe: Recipe, shape: tuple[int, int, int], fused_attention: bool):
+    def __init__(self, recipe: Recipe, shape: tuple[int, int, int], fused_attention: bool, kernels: bool):
         config = recipe.model
         self.replica, self.data, self.model = shape
         self.fused_attention = fused_attention
         self.remat = config.remat
+        self.unrolled = config.scan_unroll >= config.depth
         self.images = recipe.batch_size // (self.replica * self.data * recipe.optim.accumulate_steps)
         self.tokens = self.images * config.num_tokens
         self.item = 4 if config.matmul == "fp32" else 2  # fp8, which no plan takes so far, would count as bf16
+        self.norm_saves = self.item if kernels else NORM_SAVES
         self.gates = 2 if config.mlp == "swiglu" else 1
         self.sums = 1 if config.block == "parallel" else 2  # norms, and sums into the residual stream
         self.qk_norms = 0 if config.qk_norm == "none" else 2
@@ -136,12 +150,13 @@ class Layer:
             more = {"full": 0.0, "attention": self.heads, "dots": 3 * self.heads + self.gates * self.hidden}
             streams = self.sums if self.remat == "dots" else 1
             return self.item * self.tokens * (streams * self.stream + more[self.remat])
+        if self.unrolled:  # one program: XLA keeps what matmuls read, fuses the rest, and casts weights again
+            return self.tokens * self.inner()
         weights = self.item * self.matrices / self.model  # cast, and gathered over 'data'
-        if config.scan_unroll >= config.depth:  # one program: XLA keeps what matmuls read, and fuses the rest
-            return self.tokens * self.inner() + weights
         # Rings keep their shard of what they gather, and gather again.
-        normed = self.sums * (NORM_SAVES * self.stream + self.item * (self.stream if config.overlap else self.whole))
-        attention = (NORM_SAVES * self.qk_norms + 4 * self.item) * self.heads + (4 + self.item) * self.scores
+        read = self.item * (self.stream if config.overlap else self.whole)
+        normed = self.sums * (self.norm_saves * self.stream + read)
+        attention = (self.norm_saves * self.qk_norms + 4 * self.item) * self.heads + (4 + self.item) * self.scores
         mlp = ACTIVATION_SAVES[config.mlp] * self.item * self.hidden
         return self.tokens * (normed + attention + mlp) + weights
 
