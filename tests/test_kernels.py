@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from conftest import MeshFactory
 
 from vit22b import kernels, sharding
 from vit22b.config import DataConfig, ModelConfig, Recipe
+from vit22b.hardware import runs_triton
 from vit22b.names import named_leaves
 from vit22b.step import init_state, loss_and_gradients
 
@@ -157,3 +159,20 @@ def test_kernels_are_in_the_program_where_they_are_asked_for(mesh: MeshFactory) 
             program = str(jax.make_jaxpr(lambda m, x: m(x).logits)(model, images))
         for kernel in ("norm_forward", "activation_forward"):
             assert (kernel in program) == expected, (kind, kernel)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [("gpu", "9.0", True), ("gpu", "8.0", True), ("gpu", "7.5", False), ("gpu", "gfx942", False), ("tpu", "", False)],
+)
+def test_kernels_are_for_gpus_that_run_triton(platform: str, capability: str, expected: bool) -> None:
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert runs_triton(device) == expected
+
+
+def test_kernels_are_not_for_what_they_cannot_count_or_load() -> None:
+    assert kernels.fits((4, 64), jnp.bfloat16)
+    assert not kernels.fits((4, 64), jnp.float32)
+    assert not kernels.fits((4, 60), jnp.bfloat16)
+    assert kernels.fits((2**21, 1016), jnp.bfloat16)
+    assert not kernels.fits((2**21, 1024), jnp.bfloat16)

@@ -61,6 +61,15 @@ def quantize(x: jax.Array, dtype: jnp.dtype, amax: jax.Array | None = None) -> Q
     return Quantized((x * inverse.astype(x.dtype)).astype(dtype), scale)
 
 
+def quantize_each(arrays: list[jax.Array], dtype: jnp.dtype, regions: tuple[str, ...]) -> list[Quantized]:
+    """Each array quantized, under the scope of its region."""
+    found = []
+    for x, region in zip(arrays, regions, strict=True):
+        with jax.named_scope(region):
+            found.append(quantize(x, dtype))
+    return found
+
+
 def whole(q: Quantized, dim: int) -> Quantized:
     """The same with one dimension gathered, in fp8."""
     spec = list(jax.typeof(q.values).sharding.spec)
@@ -103,7 +112,7 @@ def column(x_BTD: jax.Array, kernels: list[jax.Array], regions: tuple[str, ...])
 
 
 def _column_forward(x_BTD: jax.Array, kernels: list[jax.Array], regions: tuple[str, ...]) -> tuple:
-    x, ws = quantize(x_BTD, FORWARD), [quantize(w, FORWARD) for w in kernels]
+    x, ws = quantize(x_BTD, FORWARD), quantize_each(kernels, FORWARD, regions)
     ys = products("btd,dk->btk", [whole(x, 2)] * len(ws), [whole(w, 0) for w in ws], [HIDDEN] * len(ws), regions)
     # Without the barrier XLA 0.11 makes GELU a part of the matmul, writing its input beside its output, and then fails
     # to compile: "RET_CHECK failure (thunk_emitter.cc) !has_aux_output"; it has that for bf16 matmuls alone.
@@ -112,7 +121,7 @@ def _column_forward(x_BTD: jax.Array, kernels: list[jax.Array], regions: tuple[s
 
 def _column_backward(regions: tuple[str, ...], saved: tuple, dys_BTK: list[jax.Array]) -> tuple:
     x, ws = saved
-    dys = [quantize(dy, BACKWARD) for dy in dys_BTK]
+    dys = quantize_each(dys_BTK, BACKWARD, regions)
     dxs = products("btk,dk->btd", dys, [whole(w, 0) for w in ws], [RESIDUAL] * len(ws), regions)
     dws = products("btd,btk->dk", [whole(x, 2)] * len(ws), dys, [_spec(w) for w in ws], regions)
     return total(dxs), [dw.astype(jnp.float32) for dw in dws]
@@ -130,7 +139,7 @@ def row(inputs: list[jax.Array], kernels: list[jax.Array], regions: tuple[str, .
 
 
 def _row_forward(inputs: list[jax.Array], kernels: list[jax.Array], regions: tuple[str, ...]) -> tuple:
-    xs, ws = [quantize(x, FORWARD) for x in inputs], [quantize(w, FORWARD) for w in kernels]
+    xs, ws = quantize_each(inputs, FORWARD, regions), quantize_each(kernels, FORWARD, regions)
     ys = products("btk,kd->btd", xs, [whole(w, 1) for w in ws], [RESIDUAL] * len(ws), regions)
     return total(ys), (xs, ws)
 

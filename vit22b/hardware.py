@@ -80,8 +80,18 @@ def multiplies_fp8(device: "jax.Device") -> bool:
         return True
     if device.platform == "tpu":
         return device.device_kind in FP8_TPUS
+    return compute_capability(device) >= (8, 9)
+
+
+def runs_triton(device: "jax.Device") -> bool:
+    """Whether Triton's kernels run on the device: NVIDIA GPUs from compute capability 8.0 on; others were not tried."""
+    return device.platform == "gpu" and compute_capability(device) >= (8, 0)
+
+
+def compute_capability(device: "jax.Device") -> tuple[int, int]:
+    """Of an NVIDIA GPU; (0, 0) of anything else."""
     version = re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", ""))
-    return version is not None and (int(version[1]), int(version[2])) >= (8, 9)
+    return (0, 0) if version is None else (int(version[1]), int(version[2]))
 
 
 def peak_flops(device: "jax.Device") -> float | None:

@@ -23,9 +23,9 @@ ACTIVATION_TILE = (8, 256)  # rows, columns
 ACTIVATION_TILES = 16
 
 
-def fits(width: int, dtype: Any) -> bool:
-    """Whether the kernels apply to rows of this width: bf16, and loads of 16 bytes."""
-    return dtype == jnp.bfloat16 and width % 8 == 0
+def fits(shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether the kernels apply to an array of one device: bf16, loads of 16 bytes, and places that int32 can count."""
+    return dtype == jnp.bfloat16 and shape[-1] % 8 == 0 and math.prod(shape) < 2**31
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -19,6 +19,7 @@ from jax.sharding import get_abstract_mesh, reshard
 
 from vit22b import init, kernels
 from vit22b.config import ModelConfig
+from vit22b.hardware import runs_triton
 from vit22b.linear import KERNEL_IN, KERNEL_OUT, column_parallel, row_parallel
 from vit22b.sharding import HEADS, HIDDEN
 
@@ -42,8 +43,8 @@ def vector(size: int, value: float = 0.0) -> nnx.Param:
 
 def use_kernels(config: ModelConfig, x: jax.Array) -> bool:
     """Whether Pallas kernels compute norms and activations of `x`."""
-    on = config.kernels == "pallas" or (config.kernels == "auto" and jax.default_backend() == "gpu")
-    return on and kernels.fits(x.shape[-1], x.dtype)
+    wanted = config.kernels == "pallas" or (config.kernels == "auto" and runs_triton(jax.devices()[0]))
+    return wanted and kernels.fits(jax.typeof(x).sharding.shard_shape(x.shape), x.dtype)
 
 
 class Norm(nnx.Module):
@@ -80,7 +81,7 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 class Branch(nnx.Module):
     """What attention and MLP share, seen from a block: kernels in, something in between, a kernel out.
 
-    The matmuls themselves are `apply_branches`'s, which can thus fuse those of several branches.
+    The matmuls themselves are `apply_branches`'s, which does those of several branches together.
     """
 
     region: str  # name of its scope, by which profiles are read

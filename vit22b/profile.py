@@ -20,7 +20,7 @@ from vit22b import hlo
 REGIONS = ("embed", "norm", "attention", "mlp", "head", "loss", "optimizer", "input")
 CONTAINERS = ("while", "call", "conditional")  # what they run has events of its own
 MATMUL_KERNEL = re.compile(r"nvjet|gemm|cutlass|xmma|__cublas|__onednn", re.IGNORECASE)
-ATTENTION_KERNEL = re.compile(r"cudnn|fmha|flash|qk_norm_attention", re.IGNORECASE)
+ATTENTION_KERNEL = re.compile(r"cudnn|fmha|flash", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
