@@ -44,6 +44,9 @@ def check_on_devices(recipe: Recipe) -> tuple[int, int, int]:
     return shape
 
 
+CACHE_BYTES = 4 * 2**30  # of compiled programs kept, unless the user says where
+
+
 def run(recipe: Recipe, workdir: Path) -> int:
     """Checks everything that can be checked, then trains. Returns the exit status: 0, or 128 + a signal's number.
 
@@ -63,6 +66,8 @@ def run(recipe: Recipe, workdir: Path) -> int:
         f"{recipe.name}: {len(devices)} x {devices[0].device_kind}, mesh "
         + " x ".join(f"{axis} {count}" for axis, count in zip(sharding.AXES, shape, strict=True))
     )
+    cache = keep_compiled_programs(devices[0].platform)
+    reporter.note(f"compiled programs are kept in {cache or 'no cache'}", on_terminal=False)
     try:
         with (
             checkpoints.stopping_on(signal.SIGTERM, signal.SIGINT),
@@ -74,6 +79,22 @@ def run(recipe: Recipe, workdir: Path) -> int:
         reporter.close()
     complete = checkpoints.latest_step == recipe.total_steps
     return 0 if complete or checkpoints.signal is None else 128 + checkpoints.signal
+
+
+def keep_compiled_programs(platform: str) -> str | None:
+    """Has JAX keep compiled programs for later runs; returns the folder, None where there is none.
+
+    JAX_COMPILATION_CACHE_DIR says where, and empty that there is none; unset, it is ~/.cache/vit22b. CPUs get none by
+    themselves: what was compiled for one does not run on every other that shares a home.
+    """
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folder = given if given is not None or platform == "cpu" else str(Path.home() / ".cache" / "vit22b")
+    if not folder:
+        return None
+    jax.config.update("jax_compilation_cache_dir", folder)
+    if given is None:
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)  # the least recently used go first
+    return folder
 
 
 def join_cluster() -> None:

@@ -227,3 +227,26 @@ def test_an_incomplete_description_of_the_processes_is_refused(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1234")
     with pytest.raises(RecipeError, match=r"JAX_NUM_PROCESSES: not set"):
         tpu.join_cluster()
+
+
+@pytest.mark.parametrize(
+    ("platform", "given", "expected"),
+    [
+        ("gpu", None, "HOME/.cache/vit22b"),
+        ("tpu", None, "HOME/.cache/vit22b"),
+        ("cpu", None, None),
+        ("cpu", "mine", "mine"),
+        ("gpu", "mine", "mine"),
+        ("gpu", "", None),
+    ],
+)
+def test_compiled_programs_are_kept_where_the_user_says_or_at_home(platform, given, expected, monkeypatch):
+    updates: dict[str, object] = {}
+    monkeypatch.setattr(jax.config, "update", lambda name, value: updates.__setitem__(name, value))
+    monkeypatch.setenv("HOME", "HOME")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    if given is not None:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
+    assert tpu.keep_compiled_programs(platform) == expected
+    assert updates.get("jax_compilation_cache_dir") == expected
+    assert ("jax_compilation_cache_max_size" in updates) == (given is None and expected is not None)

@@ -24,7 +24,7 @@ from vit22b.model import ViT
 from vit22b.names import named_leaves
 from vit22b.report import Reporter
 from vit22b.sources import Source
-from vit22b.step import abstract_state, compile_eval_step, compile_train_step, init_state
+from vit22b.step import abstract_state, compile_eval_step, compile_train_step, compiler_options, init_state
 
 
 def train(recipe: Recipe, sources: tuple, checkpoints: Checkpoints, reporter: Reporter) -> None:
@@ -40,7 +40,8 @@ def train(recipe: Recipe, sources: tuple, checkpoints: Checkpoints, reporter: Re
     start = time.perf_counter()
     train_fn = compile_train_step(recipe, abstract)
     reporter.note(get_parameter_overview(named_leaves(abstract.model), include_stats=False), on_terminal=False)
-    reporter.note(f"compiled the train step in {time.perf_counter() - start:.1f} s")
+    options = ", ".join(f"{name}={value}" for name, value in compiler_options(recipe).items()) or "none of ours"
+    reporter.note(f"compiled the train step in {time.perf_counter() - start:.1f} s; options for XLA: {options}")
     eval_fn = compile_eval_step(recipe, abstract.eval_model)
     for compiled in (train_fn, eval_fn):
         check_step_memory(recipe, compiled, mesh)
