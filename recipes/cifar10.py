@@ -1,0 +1,39 @@
+"""The 22B architecture in small on CIFAR-10: real images on which a change of numerics or schedule shows in minutes.
+
+`cifar10.py:SIZE` takes a rung of the ladder from 0.5M to 100M. 32 px in patches of 4: 64 tokens.
+
+Source: none; the schedule is a common one for small ViTs.
+Command: python launch/tpu.py --config recipes/cifar10.py:30M
+    From one .npz file: --config.data.train=npz:cifar10.npz:train --config.data.validation=npz:cifar10.npz:test
+Not run.
+"""
+
+from vit22b.config import (
+    LADDER,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    Recipe,
+    RunConfig,
+    check_choice,
+    size,
+)
+
+SIZES = ("0.5M", "3M", "10M", "30M", "100M")
+
+
+def get_config(arg: str = "30M") -> Recipe:
+    check_choice("size", arg, SIZES)
+    return Recipe(
+        name=f"cifar10_{arg}",
+        total_steps=2_000,
+        batch_size=256,
+        model=ModelConfig(**size(arg, LADDER), num_classes=10, image_size=32, patch_size=4),
+        loss=LossConfig(label_smoothing=0.1),
+        optim=OptimConfig(learning_rate=1e-3, warmup_steps=200, beta2=0.99, weight_decay=0.1, head_weight_decay=0.1),
+        data=DataConfig(
+            train="tfds:cifar10:train", validation="tfds:cifar10:test", crop="shift", eval_crop_fraction=1.0, threads=1
+        ),
+        run=RunConfig(log_every_steps=20, eval_every_steps=500, checkpoint_every_steps=2_000),
+    )
