@@ -42,6 +42,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -76,9 +77,13 @@ def run_timm(argv: list[str], python: str, mode: str, steps: int) -> dict[str, o
     command += ["--steps", str(steps), "--mode", mode, "--device", device]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]
-        raise RecipeError(f"--vs=timm: {last.removeprefix('error: ')}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+        lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+        errors = [line for line in lines if re.match(r"(error|[\w.]*Error): ", line)]  # hints may follow
+        raise RecipeError(f"--vs=timm: {(errors or lines)[-1].removeprefix('error: ')}")
+    try:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        raise RecipeError(f"--timm-python={python}: printed no figures; is it a python with torch and timm?") from error
 
 
 def bench(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, object]:
@@ -167,6 +172,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
     check_choice("--input", arguments.input, ("synthetic", "real"))
     if arguments.vs is not None:
         check_choice("--vs", arguments.vs, ("timm",))
+        check(arguments.input == "synthetic", "--input", "'real'", "not with --vs timm, whose input is synthetic")
     ok = arguments.steps >= GROUP and arguments.steps % GROUP == 0
     check(ok, "--steps", arguments.steps, f"must be a positive multiple of {GROUP}, the steps of a group")
     if arguments.json is not None:

@@ -19,7 +19,7 @@ from launch.command_line import parse
 from vit22b import data, sharding
 from vit22b.checkpoint import Checkpoints
 from vit22b.config import Recipe, RecipeError, check
-from vit22b.hardware import multiplies_fp8
+from vit22b.hardware import multiplies_fp8, runs_triton
 from vit22b.memory import check_state_memory
 from vit22b.report import Reporter, was_evaluated
 from vit22b.train import train
@@ -39,12 +39,15 @@ def check_on_devices(recipe: Recipe) -> tuple[int, int, int]:
     check_state_memory(recipe)
     cudnn = recipe.model.attention == "cudnn"
     check(not cudnn or devices[0].platform == "gpu", "model.attention", "'cudnn'", "needs a GPU; use 'auto' or 'xla'")
+    check(
+        recipe.model.kernels != "pallas" or devices[0].platform == "cpu" or runs_triton(devices[0]),
+        "model.kernels",
+        "'pallas'",
+        "needs an NVIDIA GPU of compute capability 8.0 or more (or a CPU, where it is slow); use 'auto' or 'xla'",
+    )
     shape = sharding.mesh_shape(recipe.mesh, len(devices))
     sharding.check_divisibility(recipe, shape)
     return shape
-
-
-CACHE_BYTES = 4 * 2**30  # of compiled programs kept, unless the user says where
 
 
 def run(recipe: Recipe, workdir: Path) -> int:
@@ -92,8 +95,6 @@ def keep_compiled_programs(platform: str) -> str | None:
     if not folder:
         return None
     jax.config.update("jax_compilation_cache_dir", folder)
-    if given is None:
-        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)  # the least recently used go first
     return folder
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import inspect
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import MeshFactory
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from vit22b import kernels, sharding
 from vit22b.config import DataConfig, ModelConfig, Recipe
@@ -71,15 +74,11 @@ def test_norms_equal_numpys(shape: tuple[int, ...], centred: bool, with_bias: bo
         assert relative_error(grads[2], expected["bias"]) < 1e-5
 
 
-def normal_cdf(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
-
-
 def tanh_gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-VALUES = {"gelu": lambda x: x * normal_cdf(x), "gelu_tanh": tanh_gelu}
+VALUES = {"gelu_tanh": tanh_gelu}
 
 
 @pytest.mark.parametrize("name", kernels.SLOPES)
@@ -168,6 +167,36 @@ def test_kernels_are_in_the_program_where_they_are_asked_for(mesh: MeshFactory) 
 def test_kernels_are_for_gpus_that_run_triton(platform: str, capability: str, expected: bool) -> None:
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     assert runs_triton(device) == expected
+
+
+def lower_for_a_gpu(monkeypatch: pytest.MonkeyPatch, fn: Callable, *shapes: jax.ShapeDtypeStruct) -> str:
+    """The program of a function and its gradients as JAX hands it to the GPU's compiler; no GPU takes part."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    platform = {"platform": "gpu"} if "platform" in inspect.signature(AbstractDevice).parameters else {}
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, **platform)
+
+    def both(*args):
+        return jax.value_and_grad(lambda *a: fn(*a).astype(jnp.float32).sum(), argnums=(0, 1))(*args)
+
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        return jax.jit(both).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def shapes_of(width: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    return jax.ShapeDtypeStruct((1000, width), jnp.bfloat16), jax.ShapeDtypeStruct((width,), jnp.float32)
+
+
+@pytest.mark.parametrize("name", kernels.SLOPES)
+def test_every_activation_becomes_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = lower_for_a_gpu(monkeypatch, lambda x, b: kernels.activation(x, b, name), *shapes_of(304))
+    assert text.count("__gpu$xla.gpu.triton(") == 2  # forward and backward
+
+
+@pytest.mark.parametrize("width", [72, 1024, kernels.MAX_WIDTH])
+@pytest.mark.parametrize("centred", [False, True])
+def test_norms_of_every_width_become_triton(width: int, centred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = lower_for_a_gpu(monkeypatch, lambda x, s: kernels.norm(x, s, None, centred, 1e-6), *shapes_of(width))
+    assert text.count("__gpu$xla.gpu.triton(") == 2
 
 
 def test_kernels_are_not_for_what_they_cannot_count_or_load() -> None:

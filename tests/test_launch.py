@@ -249,4 +249,17 @@ def test_compiled_programs_are_kept_where_the_user_says_or_at_home(platform, giv
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
     assert tpu.keep_compiled_programs(platform) == expected
     assert updates.get("jax_compilation_cache_dir") == expected
-    assert ("jax_compilation_cache_max_size" in updates) == (given is None and expected is not None)
+
+
+def test_a_compiled_program_is_found_in_the_folder_named(tmp_path):
+    script = (
+        "import jax; from launch.tpu import keep_compiled_programs; folder = keep_compiled_programs('gpu');"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0);"
+        "jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8))); print(folder)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {"HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Error" not in done.stderr
+    assert list(Path(done.stdout.strip()).iterdir())
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)

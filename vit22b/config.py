@@ -177,6 +177,12 @@ class ModelConfig:
             "needs model.matmul='bf16' or 'fp8'",
         )
         check(
+            self.matmul != "fp32" or self.kernels != "pallas",
+            "model.kernels",
+            "'pallas'",
+            "needs model.matmul='bf16' or 'fp8'",
+        )
+        check(
             self.matmul != "fp8" or not self.overlap,
             "model.overlap",
             "true",
