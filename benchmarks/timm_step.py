@@ -29,7 +29,7 @@ try:
     from vit22b.config import ModelConfig, Recipe, RecipeError, check, check_choice
     from vit22b.flops import train_flops
     from vit22b.hardware import CHIPS, GIB
-    from vit22b.timing import GROUP, spread, time_groups, warm_up
+    from vit22b.timing import check_steps, spread, time_groups, warm_up
 except ModuleNotFoundError as missing:
     sys.exit(f"error: no module {missing.name}: pip install torch timm numpy ml-collections absl-py")
 
@@ -227,8 +227,7 @@ def main() -> int:
         check_choice("--device", arguments.device, ("cuda", "cpu"))
         modes = ("none", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
         check_choice("--mode", arguments.mode, modes)
-        ok = arguments.steps >= GROUP and arguments.steps % GROUP == 0
-        check(ok, "--steps", arguments.steps, f"must be a positive multiple of {GROUP}")
+        check_steps(arguments.steps)
         recipe, _ = parse([sys.argv[0], *rest])
         recipe.validate()
         refuse(recipe)

@@ -58,7 +58,7 @@ from launch.tpu import check_on_devices
 from vit22b import data, sharding
 from vit22b.config import Recipe, RecipeError, check, check_choice
 from vit22b.measure import measure
-from vit22b.timing import GROUP
+from vit22b.timing import check_steps
 from vit22b.workdir import git_commit
 
 TIMM_STEP = Path(__file__).resolve().parent.parent / "benchmarks" / "timm_step.py"
@@ -173,8 +173,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
     if arguments.vs is not None:
         check_choice("--vs", arguments.vs, ("timm",))
         check(arguments.input == "synthetic", "--input", "'real'", "not with --vs timm, whose input is synthetic")
-    ok = arguments.steps >= GROUP and arguments.steps % GROUP == 0
-    check(ok, "--steps", arguments.steps, f"must be a positive multiple of {GROUP}, the steps of a group")
+    check_steps(arguments.steps)
     if arguments.json is not None:
         check(not arguments.json.is_dir(), "--json", arguments.json, "is a folder; give a file")
         folder = arguments.json.parent

@@ -1,6 +1,7 @@
 """What all tests share: eight simulated CPU devices, meshes on them, and parameters by name."""
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -16,12 +17,14 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from vit22b.config import ModelConfig
+from vit22b.config import DataConfig, ModelConfig, Recipe
 from vit22b.model import ViT
-from vit22b.sharding import make_mesh
+from vit22b.sharding import BATCH, make_mesh
+from vit22b.step import init_state, loss_and_gradients
 
 # A device that has reached a collective holds a thread until all the others have. Dispatched asynchronously,
 # two programs can run at once and, with fewer threads than devices, each wait forever for threads of the other.
@@ -53,3 +56,22 @@ def named(tree) -> dict:
 def abstract_model(config: ModelConfig) -> ViT:
     """Shapes and shardings on the mesh in force, which may be abstract."""
     return jax.eval_shape(lambda: ViT(config, jax.random.key(0)))
+
+
+def loss_and_named_gradients(config: ModelConfig, shape: tuple[int, int, int], mesh: MeshFactory) -> tuple[float, dict]:
+    """Of one batch of random images; the classifier is not zero, so that gradients reach the blocks."""
+    recipe = Recipe(
+        name="t", total_steps=1, batch_size=8, model=config, data=DataConfig(train="digits", validation="digits")
+    )
+    rng = np.random.default_rng(2)
+    batch = {
+        "image": rng.integers(0, 256, (8, config.image_size, config.image_size, 3), dtype=np.uint8),
+        "label": rng.integers(0, config.num_classes, 8, dtype=np.int32),
+    }
+    with mesh(*shape) as m:
+        model = jax.jit(functools.partial(init_state, recipe))().model
+        head = rng.normal(size=model.head_kernel.shape).astype(np.float32)
+        model.head_kernel[...] = jax.device_put(head, model.head_kernel[...].sharding)
+        placed = {name: jax.device_put(x, NamedSharding(m, BATCH)) for name, x in batch.items()}
+        loss, gradients = jax.jit(functools.partial(loss_and_gradients, recipe))(model, placed, jax.random.key(0))
+        return float(loss), {name: np.asarray(leaf) for name, leaf in named(gradients).items()}

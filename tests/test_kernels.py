@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MeshFactory
+from conftest import MeshFactory, loss_and_named_gradients
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from vit22b import kernels, sharding
+from vit22b import kernels
 from vit22b.config import DataConfig, ModelConfig, Recipe
 from vit22b.hardware import runs_triton
-from vit22b.names import named_leaves
-from vit22b.step import init_state, loss_and_gradients
+from vit22b.step import init_state
 
 # bf16 has 8 bits of mantissa: rounding a result errs by 2^-9 of it at most, by about 2^-9 / sqrt(3) on average.
 ROUNDING = 2.0**-9
@@ -115,22 +114,8 @@ CONFIGS = {
 
 
 @functools.cache
-def gradients(config: ModelConfig, shape: tuple[int, int, int], mesh) -> dict[str, np.ndarray]:
-    """Of the loss of one batch of random images, by name; the classifier is not zero."""
-    data = DataConfig(train="digits", validation="digits")
-    recipe = Recipe(name="t", total_steps=1, batch_size=8, model=config, data=data)
-    rng = np.random.default_rng(2)
-    batch = {
-        "image": rng.integers(0, 256, (8, config.image_size, config.image_size, 3), dtype=np.uint8),
-        "label": rng.integers(0, config.num_classes, 8, dtype=np.int32),
-    }
-    with mesh(*shape) as m:
-        model = jax.jit(functools.partial(init_state, recipe))().model
-        head = rng.normal(size=model.head_kernel.shape).astype(np.float32)
-        model.head_kernel[...] = jax.device_put(head, model.head_kernel[...].sharding)
-        placed = {name: jax.device_put(x, jax.NamedSharding(m, sharding.BATCH)) for name, x in batch.items()}
-        _, grads = jax.jit(functools.partial(loss_and_gradients, recipe))(model, placed, jax.random.key(0))
-        return {name: np.asarray(leaf) for name, leaf in named_leaves(grads).items()}
+def gradients(config: ModelConfig, shape: tuple[int, int, int], mesh: MeshFactory) -> dict[str, np.ndarray]:
+    return loss_and_named_gradients(config, shape, mesh)[1]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import itertools
 import re
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MeshFactory, named
+from conftest import MeshFactory, loss_and_named_gradients
 from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
@@ -20,7 +19,7 @@ from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
 from vit22b.hlo import Replay, parse
 from vit22b.linear import column_parallel, row_parallel
 from vit22b.sharding import HIDDEN, RESIDUAL
-from vit22b.step import abstract_state, compile_train_step, init_state, loss_and_gradients
+from vit22b.step import abstract_state, compile_train_step
 
 MODEL = ModelConfig(
     width=32, depth=2, mlp_dim=64, num_heads=8, num_classes=8, image_size=8, patch_size=4, matmul="fp32", pool="gap",
@@ -96,25 +95,6 @@ def test_parallel_matmuls_equal_numpys(shape: tuple, mesh: MeshFactory) -> None:
     for y, w in zip(ys, kernels, strict=True):
         np.testing.assert_allclose(y, x @ w, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(z, sum((x @ w) @ o for w, o in zip(kernels, outs, strict=True)), rtol=1e-4, atol=1e-3)
-
-
-def loss_and_named_gradients(config: ModelConfig, shape: tuple[int, int, int], mesh: MeshFactory):
-    """Of one batch of random images; the classifier is not zero, so that gradients reach the blocks."""
-    recipe = Recipe(
-        name="t", total_steps=1, batch_size=8, model=config, data=DataConfig(train="digits", validation="digits")
-    )
-    rng = np.random.default_rng(2)
-    batch = {
-        "image": rng.integers(0, 256, (8, config.image_size, config.image_size, 3), dtype=np.uint8),
-        "label": rng.integers(0, config.num_classes, 8, dtype=np.int32),
-    }
-    with mesh(*shape) as m:
-        model = jax.jit(functools.partial(init_state, recipe))().model
-        head = rng.normal(size=model.head_kernel.shape).astype(np.float32)
-        model.head_kernel[...] = jax.device_put(head, model.head_kernel[...].sharding)
-        placed = {name: jax.device_put(x, NamedSharding(m, sharding.BATCH)) for name, x in batch.items()}
-        loss, gradients = jax.jit(functools.partial(loss_and_gradients, recipe))(model, placed, jax.random.key(0))
-        return float(loss), {name: np.asarray(leaf) for name, leaf in named(gradients).items()}
 
 
 VARIANTS = {

@@ -52,15 +52,19 @@ def activation(x: jax.Array, bias: jax.Array, name: str) -> jax.Array:
 
 def _tile(index: Any, width: int, num_rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Row numbers (rows, 1) and column numbers (1, padded width) of a norm's tile, and the mask of those that exist."""
-    padded = pl.next_power_of_2(width)
-    rows = max(1, NORM_VALUES // padded)
-    numbers, columns = index * rows + jnp.arange(rows)[:, None], jnp.arange(padded)[None, :]
+    rows = _norm_rows(width)
+    numbers, columns = index * rows + jnp.arange(rows)[:, None], jnp.arange(pl.next_power_of_2(width))[None, :]
     return numbers, columns, (numbers < num_rows) & (columns < width)
 
 
 def _norm_programs(shape: tuple[int, ...], tiles: int) -> int:
     num_rows, width = shape
-    return pl.cdiv(num_rows, max(1, NORM_VALUES // pl.next_power_of_2(width)) * tiles)
+    return pl.cdiv(num_rows, _norm_rows(width) * tiles)
+
+
+def _norm_rows(width: int) -> int:
+    """Rows of a norm's tile."""
+    return max(1, NORM_VALUES // pl.next_power_of_2(width))
 
 
 def _load(ref: Any, rows: jax.Array, columns: jax.Array, mask: jax.Array) -> jax.Array:

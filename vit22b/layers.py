@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
-from jax.sharding import get_abstract_mesh, reshard
+from jax.sharding import reshard
 
 from vit22b import init, kernels
 from vit22b.config import ModelConfig
@@ -61,9 +61,10 @@ class Norm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config, centred = self.config, self.config.norm == "layer"
         scale, bias = self.scale[...], None if self.bias is None else self.bias[...]
-        spec = jax.typeof(x).sharding.spec
-        whole_rows = all(get_abstract_mesh().shape[axis] == 1 for axis in mesh_axes(spec[-1]))
+        placed = jax.typeof(x).sharding
+        whole_rows = placed.shard_shape(x.shape)[-1] == x.shape[-1]
         if use_kernels(config, x) and whole_rows and x.shape[-1] <= kernels.MAX_WIDTH:
+            spec = placed.spec
             norm = functools.partial(kernels.norm, centred=centred, epsilon=config.norm_epsilon)
             return jax.shard_map(norm, in_specs=(spec, P(), P()), out_specs=spec, check_vma=False)(x, scale, bias)
         y = x.astype(jnp.float32)
@@ -71,11 +72,6 @@ class Norm(nnx.Module):
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon) * scale
         return (y if bias is None else y + bias).astype(x.dtype)
-
-
-def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The mesh axes that an entry of a PartitionSpec names."""
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 class Branch(nnx.Module):

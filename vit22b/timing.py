@@ -8,8 +8,16 @@ import statistics
 import time
 from collections.abc import Callable
 
+from vit22b.config import check
+
 WARM_UP = 3  # steps before the clock starts, each waited for
 GROUP = 3  # steps per group
+
+
+def check_steps(steps: int) -> None:
+    """Raises `RecipeError` unless `--steps` makes whole groups."""
+    ok = steps >= GROUP and steps % GROUP == 0
+    check(ok, "--steps", steps, f"must be a positive multiple of {GROUP}, the steps of a group")
 
 
 def warm_up(step: Callable[[], None], wait: Callable[[], object]) -> None:
