@@ -1,19 +1,23 @@
 """Does fp8 learn what bf16 learns? Trains both with several seeds and learning rates, and compares.
 
-    python benchmarks/fp8_quality.py --out FOLDER [--rates 1e-3,8e-3] [--seeds 2] [--config recipes/cifar10.py:30M]
-        [--config.FIELD=VALUE ...]
+    python benchmarks/fp8_quality.py --out FOLDER [--rates 1e-3,8e-3] [--seeds 2] [--jobs 1]
+        [--config recipes/cifar10.py:30M] [--config.FIELD=VALUE ...]
 
 Each run is one of launch/tpu.py in a work directory of its own below FOLDER; the same command goes on with what is
-missing. Fields that are given hold for all runs. At the end FOLDER has `fp8_quality.json` (final validation metrics of
+missing. Fields that are given hold for all runs. `--jobs` of them run at a time, sharing the device: models as small as
+these leave most of a large GPU idle. At the end FOLDER has `fp8_quality.json` (final validation metrics of
 each run, means, and the spread over seeds) and `fp8_quality.png` (training loss and validation accuracy of each). A run
 that diverges, as one may at the edge of what bf16 bears, is a result: its metrics are null.
 """
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,10 +29,11 @@ DTYPES = ("bf16", "fp8")
 DIVERGED = 2  # launch/tpu.py's exit status for that, too
 
 
-def train(workdir: Path, flags: list[str]) -> None:
-    """One run to its end. Raises CalledProcessError unless it ended well or diverged."""
+def train(workdir: Path, flags: list[str], jobs: int) -> None:
+    """One run to its end, in its part of a GPU's memory. Raises CalledProcessError unless it ended well or diverged."""
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch" / "tpu.py"), *flags, "--workdir", str(workdir)],
+        env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / jobs:.3f}"},
         capture_output=True,
         text=True,
         check=False,
@@ -86,19 +91,21 @@ def main() -> int:
     parser.add_argument("--config", default="recipes/cifar10.py:30M")
     parser.add_argument("--rates", default="1e-3,8e-3", type=lambda text: [float(rate) for rate in text.split(",")])
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--jobs", type=int, default=1)
     arguments, fields = parser.parse_known_args()
-    runs = []
-    for rate in arguments.rates:
-        for seed in range(arguments.seeds):
-            for matmul in DTYPES:
-                name = f"{matmul}_lr{rate:g}_seed{seed}"
-                own = {"seed": seed, "optim.learning_rate": rate, "model.matmul": matmul}
-                train(
-                    arguments.out / name,
-                    ["--config", arguments.config, *fields, *(f"--config.{k}={v}" for k, v in own.items())],
-                )
-                runs.append({"name": name, "rate": rate, "seed": seed, "matmul": matmul, **final(arguments.out / name)})
-                print(json.dumps(runs[-1]), flush=True)
+
+    def run(rate: float, seed: int, matmul: str) -> dict:
+        name = f"{matmul}_lr{rate:g}_seed{seed}"
+        own = {"seed": seed, "optim.learning_rate": rate, "model.matmul": matmul}
+        flags = ["--config", arguments.config, *fields, *(f"--config.{k}={v}" for k, v in own.items())]
+        train(arguments.out / name, flags, arguments.jobs)
+        found = {"name": name, "rate": rate, "seed": seed, "matmul": matmul, **final(arguments.out / name)}
+        print(json.dumps(found), flush=True)
+        return found
+
+    wanted = itertools.product(arguments.rates, range(arguments.seeds), DTYPES)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = list(pool.map(lambda each: run(*each), wanted))
     result = {"config": arguments.config, "fields": fields, "runs": runs, "comparison": compare(runs)}
     (arguments.out / "fp8_quality.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(arguments.out, runs)

@@ -1,11 +1,12 @@
 """Times the real train step of a recipe on the devices of this machine, and says where the time goes.
 
     python launch/bench.py --config recipes/bench.py:L16 [--config.FIELD=VALUE ...] [--input synthetic|real]
-        [--steps N] [--json FILE] [--vs timm [--timm-python PATH] [--timm-mode MODE]]
+        [--steps N] [--kernels N] [--json FILE] [--vs timm [--timm-python PATH] [--timm-mode MODE]]
 
 --input     synthetic (default): one batch of random images lies on the devices. real: batches come from the recipe's
             training source, decoded, augmented and placed as the train loop does it, beside the device's work.
 --steps     timed steps, a multiple of 3 (default 30), after 3 that are not timed.
+--kernels   prints the N kernels (40 at most) that take most time, too; --json has all 40.
 --json      appends the figures to FILE as one line of JSON; benchmarks/table.py makes a table of such lines.
 --vs timm   first times timm's model for the same recipe (benchmarks/timm_step.py: PyTorch, torch.compile, bf16
             autocast, fused AdamW) on the same device. --timm-python: that of an environment with torch and timm
@@ -32,7 +33,7 @@ regions     shares of the time of 3 more steps under the profiler, on the first 
             included); input (normalisation, mixing); other: what no scope covers, such as residual sums;
             communication: only where nothing else runs; idle: no kernel runs. A fused kernel counts for one region.
             On GPUs these steps are compiled again without CUDA graphs, so idle is more than in the timed steps.
-kernels     the same time by kind: matmul (cuBLAS, Triton), attention (a fused kernel), elementwise (all else).
+kinds       the same time by kind: matmul (cuBLAS, Triton), attention (a fused kernel), elementwise (all else).
 
 Exit status: 0; 2, a mistake, told in one line.
 """
@@ -58,6 +59,7 @@ from launch.tpu import check_on_devices
 from vit22b import data, sharding
 from vit22b.config import Recipe, RecipeError, check, check_choice
 from vit22b.measure import measure
+from vit22b.profile import LONGEST
 from vit22b.timing import check_steps
 from vit22b.workdir import git_commit
 
@@ -122,8 +124,8 @@ def without_json(argv: list[str]) -> list[str]:
     return [a for i, a in enumerate(argv) if i not in starts and i - 1 not in starts and not a.startswith("--json=")]
 
 
-def show(record: dict) -> str:
-    """The record for a terminal; what is not known is left out."""
+def show(record: dict, num_kernels: int) -> str:
+    """The record for a terminal, with this many kernels; what is not known is left out."""
     mesh = " x ".join(f"{axis} {count}" for axis, count in record["mesh"].items())
     mfu = "" if record["mfu"] is None else f", MFU {100 * record['mfu']:.1f} %"
     rows = [
@@ -150,7 +152,7 @@ def show(record: dict) -> str:
                 f"{record['sm_clock_mhz']:.0f} MHz, {record['power_w']:.0f} W, limited by {record['throttle_reasons']}",
             )
         )
-    for title, table in (("regions", record["regions"]), ("kernels", record["kinds"])):
+    for title, table in (("regions", record["regions"]), ("kinds", record["kinds"])):
         if table is not None:
             rows.append((title, ", ".join(f"{name} {100 * share:.1f} %" for name, share in table.items())))
     if record["profile_error"] is not None:
@@ -164,7 +166,12 @@ def show(record: dict) -> str:
                 f"{timm['timm']}, torch {timm['torch']}; ours / timm: {record['vs_timm']:.3f}",
             )
         )
-    return "\n".join(f"{name:10} {text}" for name, text in rows)
+    lines = [f"{name:10} {text}" for name, text in rows]
+    if num_kernels and record["kernels"] is not None:
+        lines += ["", "   ms a step    runs  region         kernel"]
+        for kernel in record["kernels"][:num_kernels]:
+            lines.append(f"{kernel['ms']:12.3f}{kernel['runs']:8,.0f}  {kernel['region']:14} {kernel['name'][:80]}")
+    return "\n".join(lines)
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
@@ -174,6 +181,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
         check_choice("--vs", arguments.vs, ("timm",))
         check(arguments.input == "synthetic", "--input", "'real'", "not with --vs timm, whose input is synthetic")
     check_steps(arguments.steps)
+    check(0 <= arguments.kernels <= LONGEST, "--kernels", arguments.kernels, f"must be from 0 to {LONGEST}")
     if arguments.json is not None:
         check(not arguments.json.is_dir(), "--json", arguments.json, "is a folder; give a file")
         folder = arguments.json.parent
@@ -184,6 +192,7 @@ def main() -> int:
     parser = flag_parser(__doc__)
     parser.add_argument("--input", default="synthetic", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=30, help=argparse.SUPPRESS)
+    parser.add_argument("--kernels", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--vs", help=argparse.SUPPRESS)
     parser.add_argument("--timm-python", default=sys.executable, help=argparse.SUPPRESS)
@@ -200,7 +209,7 @@ def main() -> int:
         record = bench(recipe, arguments) | {"timm": timm, "vs_timm": None}
         if timm is not None:
             record["vs_timm"] = record["images_per_second"] / timm["images_per_second"]  # type: ignore[operator]
-        print(show(record))
+        print(show(record, arguments.kernels))
         if arguments.json is not None:
             with arguments.json.open("a") as file:
                 file.write(json.dumps(record) + "\n")

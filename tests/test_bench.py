@@ -29,8 +29,8 @@ KEYS = {
     *("recipe", "arguments", "date", "commit", "modified", "xla_flags", "jax", "python", "device_kind", "devices"),
     *("mesh", "matmul", "batch_size", "image_size", "tokens", "input", "steps", "params_m", "compile_s", "step_ms"),
     *("step_ms_min", "step_ms_p25", "step_ms_p75", "step_ms_max", "images_per_second", "mfu", "peak_gib"),
-    *("device_peak_gib", "loss", "data_wait_s", "regions", "kinds", "profile_error", "sm_clock_mhz", "power_w"),
-    *("throttle_reasons", "timm", "vs_timm"),
+    *("device_peak_gib", "loss", "data_wait_s", "regions", "kinds", "kernels", "profile_error", "sm_clock_mhz"),
+    *("power_w", "throttle_reasons", "timm", "vs_timm"),
 }
 
 
@@ -48,7 +48,7 @@ def two_runs(tmp_path_factory) -> tuple[list[dict], str]:
     file.write_text('{"before": 1}\n')
     printed = ""
     for kind in ("synthetic", "real"):
-        result = run_bench(*TINY, "--steps", "6", "--input", kind, "--json", str(file))
+        result = run_bench(*TINY, "--steps", "6", "--kernels", "2", "--input", kind, "--json", str(file))
         assert result.returncode == 0, result.stderr
         printed += result.stdout
     lines = file.read_text().splitlines()
@@ -73,6 +73,11 @@ def test_each_run_appends_a_record_with_every_key(two_runs) -> None:
     assert records[0]["data_wait_s"] is None
     assert records[1]["data_wait_s"] > 0
     assert printed.count("ms a step for the next batch") == 1
+    for record in records:
+        times = [kernel["ms"] for kernel in record["kernels"]]
+        assert 2 < len(times) <= profile.LONGEST
+        assert times == sorted(times, reverse=True)
+        assert [f"{ms:12.3f}" in printed for ms in times[:2]] == [True, True]
 
 
 def test_the_parameters_and_the_least_memory_are_those_of_the_model(two_runs) -> None:
@@ -95,11 +100,25 @@ def test_shares_of_a_real_profile_sum_to_one(two_runs) -> None:
         assert {"matmul", "elementwise"} <= set(record["kinds"]) <= {"matmul", "elementwise", "communication", "idle"}
 
 
+def test_kernels_that_take_most_time_are_added_up_per_region_and_step() -> None:
+    events = [Event("add_1", "a", 0, 3e6), Event("add_2", "b", 5e6, 8e6), Event("add", "c", 9e6, 10e6)]
+    events += [Event("gemm", "d", 10e6, 30e6), Event("tiny", "d", 30e6, 30.1e6)]
+    region = {"a": "mlp", "b": "mlp", "c": "head", "d": "mlp"}
+    found = profile.longest(events, lambda event: region[event.instruction], steps=2)
+    assert found == [
+        profile.Kernel("gemm", "mlp", 0.5, 10.0),
+        profile.Kernel("add", "mlp", 1.0, 3.0),
+        profile.Kernel("add", "head", 0.5, 0.5),
+        profile.Kernel("tiny", "mlp", 0.5, pytest.approx(0.05)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--input", "fast"], "--input='fast': choose one of synthetic, real"),
         (["--steps", "10"], "--steps=10: must be a positive multiple of 3"),
+        (["--kernels", "41"], "--kernels=41: must be from 0 to 40"),
         (["--steps", "many"], "invalid int value"),
         (["--vs", "flax"], "--vs='flax': choose one of timm"),
         (["--json", "none/such.jsonl"], "--json=none/such.jsonl: there is no folder none"),
@@ -211,9 +230,9 @@ def test_overlapping_events_share_the_time_and_communication_has_only_what_is_le
 
 def test_a_loop_does_not_count_beside_what_it_runs() -> None:
     events = [Event("while", "loop", 0, 100), Event("add", "backward", 0, 50), Event("add", "muon", 50, 100)]
-    assert profile.shares(HLO, events).regions == pytest.approx({"mlp": 0.5, "optimizer": 0.5})
+    assert profile.shares(HLO, events, 1).regions == pytest.approx({"mlp": 0.5, "optimizer": 0.5})
     with pytest.raises(ValueError, match="no events of the device"):
-        profile.shares(HLO, events[:1])
+        profile.shares(HLO, events[:1], 1)
 
 
 def test_groups_are_waited_for_once_and_their_spread_is_that_of_steps() -> None:

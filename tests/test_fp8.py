@@ -11,8 +11,11 @@ from conftest import MeshFactory
 from jax.sharding import NamedSharding
 
 from vit22b import fp8
+from vit22b.activations import ACTIVATIONS, STEEPEST
+from vit22b.config import ModelConfig
+from vit22b.layers import Norm
 from vit22b.linear import KERNEL_IN, KERNEL_OUT
-from vit22b.sharding import HIDDEN, RESIDUAL
+from vit22b.sharding import HIDDEN, RESIDUAL, SPLIT
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2
 # Of the format: largest value, largest relative error of a normal number (half a unit in the last of 3 or 2 bits of
@@ -67,7 +70,7 @@ def powers(rng, shape):
     return rng.choice([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0], shape)
 
 
-def column_and_gradients(x, ws, dys, mesh: MeshFactory, shape=(1, 1, 1)) -> tuple:
+def column_and_gradients(x, ws, dys, mesh: MeshFactory, shape=(1, 1, 1), pallas: bool = False) -> tuple:
     """`fp8.column` of bf16 x and fp32 kernels, and its gradients for bf16 dys: arrays on the host, in fp32."""
     with mesh(*shape) as m:
         put = lambda value, spec, dtype: jax.device_put(value.astype(dtype), NamedSharding(m, spec))  # noqa: E731
@@ -77,7 +80,7 @@ def column_and_gradients(x, ws, dys, mesh: MeshFactory, shape=(1, 1, 1)) -> tupl
 
         @jax.jit
         def run(x, ws, dys):
-            ys, vjp = jax.vjp(lambda x, ws: fp8.column(x, ws, ("mlp",) * len(ws)), x, ws)
+            ys, vjp = jax.vjp(lambda x, ws: fp8.column(x, fp8.largest(x), ws, ("mlp",) * len(ws), pallas), x, ws)
             return ys, vjp(dys)
 
         ys, (dx, dws) = run(x, ws, dys)
@@ -97,7 +100,7 @@ def row_and_gradients(xs, ws, dy, mesh: MeshFactory, shape=(1, 1, 1)) -> tuple:
 
         @jax.jit
         def run(xs, ws, dy):
-            y, vjp = jax.vjp(lambda xs, ws: fp8.row(xs, ws, ("mlp",) * len(ws)), xs, ws)
+            y, vjp = jax.vjp(lambda xs, ws: fp8.row(xs, ws, ("mlp",) * len(ws), False), xs, ws)
             return y, vjp(dy)
 
         y, (dxs, dws) = run(xs, ws, dy)
@@ -185,3 +188,127 @@ def test_a_gradient_that_is_not_finite_stays_so(poison: float, mesh: MeshFactory
     assert not np.isfinite(dx).any()
     assert np.isfinite(dw).all()  # a tensor of its own
     assert not np.isfinite(dv).any()
+
+
+# An MLP between norm and residual stream: x, kernel up, bias, kernel down, gradient of the result.
+MLP_SHAPES = ((8, 20, 256), (256, 512), (512,), (512, 256), (8, 20, 256))
+NAMES = ("value", "x", "up", "bias", "down")
+
+
+def mlp_operands(outliers: bool) -> list[np.ndarray]:
+    """x as a norm gives it, kernels of a trained size; with `outliers` some channels and rows are far larger."""
+    x, up, bias, down, dz = operands(normal, MLP_SHAPES)
+    up, down = up / 16, down / 22
+    if outliers:
+        up[:, 3] *= 30
+        down[7] *= 30
+        x[..., 5] *= 20
+        dz[3] *= 100
+    x = x / np.sqrt(np.mean(x**2, -1, keepdims=True))
+    return [x, up, 0.1 * bias, down, dz]
+
+
+def mlp_and_gradients(arrays, length, mesh: MeshFactory, shape=(1, 1, 1), name="gelu_tanh", pallas=False) -> list:
+    """`fp8.mlp` and its gradients, or, without a `length`, the same of layers that scale by largest magnitudes."""
+    specs = (RESIDUAL, KERNEL_IN, SPLIT, KERNEL_OUT, RESIDUAL)
+    dtypes = (ml_dtypes.bfloat16, np.float32, np.float32, np.float32, ml_dtypes.bfloat16)
+    with mesh(*shape) as m:
+        put = zip(arrays, specs, dtypes, strict=True)
+        x, up, bias, down, dz = (jax.device_put(a.astype(d), NamedSharding(m, spec)) for a, spec, d in put)
+
+        def current(x, up, bias, down):
+            (y,) = fp8.column(x, fp8.largest(x), [up], ("mlp",), pallas)
+            hidden = ACTIVATIONS[name](y.astype(jnp.float32) + bias).astype(jnp.bfloat16)
+            return fp8.row([hidden], [down], ("mlp",), pallas)
+
+        def bounded(x, up, bias, down):
+            return fp8.mlp(x, jnp.float32(length), up, bias, down, name, pallas)
+
+        @jax.jit
+        def run(x, up, bias, down, dz):
+            z, vjp = jax.vjp(current if length is None else bounded, x, up, bias, down)
+            return [z, *vjp(dz)]
+
+        found = run(x, up, bias, down, dz)
+        assert [jax.typeof(a).sharding.spec for a in found] == [RESIDUAL, *specs[:4]]
+        assert [a.dtype for a in found] == [jnp.bfloat16, *dtypes[:4]]
+        return [np.asarray(a).astype(np.float64) for a in found]
+
+
+def exact_mlp(x, up, bias, down, dz, name="gelu_tanh") -> list[np.ndarray]:
+    """In fp32 by autodiff of the plain formula, from the bf16 values that the layers read."""
+    x, dz = (a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in (x, dz))
+    with jax.default_matmul_precision("highest"):
+        z, vjp = jax.vjp(lambda x, up, b, down: ACTIVATIONS[name](x @ up + b) @ down, x, up, bias, down)
+        return [np.asarray(a, np.float64) for a in (z, *vjp(dz))]
+
+
+def relative_errors(found: list, exact: list) -> dict[str, float]:
+    pairs = zip(NAMES, found, exact, strict=True)
+    return {name: float(np.linalg.norm(f - e) / np.linalg.norm(e)) for name, f, e in pairs}
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("name", STEEPEST)
+def test_an_mlp_scaled_by_bounds_errs_as_much_as_one_scaled_by_largest_magnitudes(outliers, name, mesh) -> None:
+    arrays = mlp_operands(outliers)
+    exact = exact_mlp(*arrays, name)
+    bounded = relative_errors(mlp_and_gradients(arrays, 16.0, mesh, name=name), exact)
+    current = relative_errors(mlp_and_gradients(arrays, None, mesh, name=name), exact)
+    for key in NAMES:
+        assert 0.01 < bounded[key] < 1.1 * current[key] < 0.2, key
+    # 40 times the bound, 5 binades more than needed, change next to nothing.
+    loose = relative_errors(mlp_and_gradients(arrays, 40 * 16.0, mesh, name=name), exact)
+    assert all(loose[key] < 1.2 * current[key] for key in NAMES)
+
+
+def test_bounds_hold_where_rows_and_columns_point_the_same_way(mesh: MeshFactory) -> None:
+    """The worst case of Cauchy's and Schwarz's inequality, at which a tighter scale would give NaN or infinity."""
+    x, up, bias, down, dz = mlp_operands(outliers=False)
+    column, row = up[:, 11], down[11]
+    x[2, 3] = 16 * column / np.linalg.norm(column)
+    dz[2, 3] = 8 * np.sign(row)
+    down[11] = np.abs(row).max() * np.sign(row)
+    arrays = [x, up, bias, down, dz]
+    found = mlp_and_gradients(arrays, 16.0, mesh)
+    assert all(np.isfinite(f).all() for f in found)
+    errors = relative_errors(found, exact_mlp(*arrays))
+    assert max(errors.values()) < 0.15
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_kernels_round_an_mlp_to_fp8_as_xla_does(shape: tuple, mesh: MeshFactory) -> None:
+    """Interpreted on a CPU. On meshes partial sums are rounded to bf16, in either form to the same."""
+    arrays = mlp_operands(outliers=True)
+    plain = mlp_and_gradients(arrays, 16.0, mesh, shape)
+    kernels = mlp_and_gradients(arrays, 16.0, mesh, shape, pallas=True)
+    assert max(relative_errors(kernels, plain).values()) < 1e-3
+    column = [column_and_gradients(*split_operands(), mesh, shape, pallas) for pallas in (False, True)]
+    for a, b in zip(*map(jax.tree.leaves, column), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def split_operands() -> tuple:
+    x, w, v, dy, dz = operands(lambda rng, s: normal(rng, (8, *s[1:]) if len(s) == 3 else s), COLUMN_SHAPES)
+    return x, [w, v], [dy, dz]
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_no_row_of_a_norm_is_longer_than_its_length(kind: str, mesh: MeshFactory) -> None:
+    config = ModelConfig(
+        width=64, depth=1, mlp_dim=64, num_heads=2, num_classes=2, norm=kind, norm_bias=kind == "layer"
+    )
+    rng = np.random.default_rng(4)
+    with mesh():
+        norm = Norm(64, config)
+        norm.scale[...] = jnp.asarray(rng.normal(size=64), jnp.float32)
+        largest = np.abs(np.asarray(norm.scale[...]))
+        if norm.bias is not None:
+            norm.bias[...] = jnp.asarray(rng.normal(size=64), jnp.float32)
+        x = rng.normal(size=(500, 64)) * 10.0 ** rng.integers(-3, 4, (500, 1))
+        x[0] = 1e3 * (largest == largest.max())  # all in the channel that is scaled most
+        rows = np.linalg.norm(np.asarray(norm(jnp.asarray(x, jnp.bfloat16)), np.float64), axis=1)
+        length = float(norm.length())
+    assert (rows <= length).all()
+    if kind == "rms":
+        assert rows[0] > 0.98 * length  # and not much longer than need be

@@ -47,7 +47,8 @@ def fp8_dots(jaxpr: core.Jaxpr) -> list[tuple]:
 @pytest.mark.parametrize("changes", [{}, {"block": "sequential", "mlp": "swiglu"}])
 def test_all_three_matmuls_of_the_blocks_linear_layers_are_fp8_and_no_others(changes: dict, mesh: MeshFactory) -> None:
     """Attention pooling and the classifier stay as they are. Conversions to fp8 are one for each tensor: what several
-    matmuls read is quantized once, in the forward as in the backward pass.
+    matmuls read is quantized once, in the forward as in the backward pass. But for what attention and an MLP with GELU
+    have in common, the norm and the gradient of their sum: both quantize it in the same way, and compilers merge that.
     """
     config = dataclasses.replace(MODEL, scan_unroll=2, **changes)
     given = recipe(config)
@@ -65,6 +66,8 @@ def test_all_three_matmuls_of_the_blocks_linear_layers_are_fp8_and_no_others(cha
     norms = 2 if config.block == "sequential" else 1
     inward = kernels - 2
     tensors = kernels + (norms + 2) + (inward + norms)
+    if config.block == "parallel":
+        tensors += 2
     converted = str(traced).count("new_dtype=float8")
     assert converted == tensors * config.depth
 

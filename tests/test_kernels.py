@@ -14,9 +14,9 @@ import pytest
 from conftest import MeshFactory, loss_and_named_gradients
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from vit22b import kernels
 from vit22b.config import DataConfig, ModelConfig, Recipe
 from vit22b.hardware import runs_triton
+from vit22b.kernels import activations, norms, tiles
 from vit22b.step import init_state
 
 # bf16 has 8 bits of mantissa: rounding a result errs by 2^-9 of it at most, by about 2^-9 / sqrt(3) on average.
@@ -63,7 +63,7 @@ def test_norms_equal_numpys(shape: tuple[int, ...], centred: bool, with_bias: bo
     scale, bias = random(shape[-1:], 2, 0.3, 1.0), random(shape[-1:], 3) if with_bias else None
     expected = numpy_norm(x, scale, bias, grad, centred, 1e-3)
     vectors = [None if v is None else jnp.asarray(v, jnp.float32) for v in (scale, bias)]
-    y, pullback = jax.vjp(lambda *a: kernels.norm(*a, centred, 1e-3), jnp.asarray(x, jnp.bfloat16), *vectors)
+    y, pullback = jax.vjp(lambda *a: norms.norm(*a, centred, 1e-3), jnp.asarray(x, jnp.bfloat16), *vectors)
     grads = pullback(jnp.asarray(grad, jnp.bfloat16))
     assert y.dtype == grads[0].dtype == jnp.bfloat16
     assert relative_error(y, expected["value"]) < ROUNDING
@@ -73,6 +73,29 @@ def test_norms_equal_numpys(shape: tuple[int, ...], centred: bool, with_bias: bo
         assert relative_error(grads[2], expected["bias"]) < 1e-5
 
 
+@pytest.mark.parametrize("width", [72, 1152])
+@pytest.mark.parametrize("centred", [False, True])
+def test_gradients_of_all_readers_of_a_norm_are_summed(width: int, centred: bool) -> None:
+    """And the residual stream's with them, in fp32: what is rounded is the sum alone."""
+    shape = (5, 7, width)
+    x, grads, residual = random(shape, 0), [random(shape, i) for i in (1, 2, 3)], random(shape, 4)
+    scale, bias = random(shape[-1:], 5, 0.3, 1.0), random(shape[-1:], 6)
+    expected = numpy_norm(x, scale, bias, sum(grads), centred, 1e-6)
+    vectors = [jnp.asarray(v, jnp.float32) for v in (scale, bias)]
+
+    def branch(*arguments):
+        stream, y, slots = norms.branch_off(*arguments, centred, 1e-6, 3)
+        return stream, [norms.take(y, slot) for slot in slots]
+
+    (stream, ys), pullback = jax.vjp(branch, jnp.asarray(x, jnp.bfloat16), *vectors)
+    np.testing.assert_array_equal(np.asarray(stream, np.float64), x)
+    assert all(relative_error(y, expected["value"]) < ROUNDING for y in ys)
+    found = pullback((jnp.asarray(residual, jnp.bfloat16), [jnp.asarray(g, jnp.bfloat16) for g in grads]))
+    assert relative_error(found[0], expected["x"] + residual) < ROUNDING
+    assert relative_error(found[1], expected["scale"]) < 1e-5
+    assert relative_error(found[2], expected["bias"]) < 1e-5
+
+
 def tanh_gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -80,14 +103,14 @@ def tanh_gelu(x: np.ndarray) -> np.ndarray:
 VALUES = {"gelu_tanh": tanh_gelu}
 
 
-@pytest.mark.parametrize("name", kernels.SLOPES)
+@pytest.mark.parametrize("name", activations.SLOPES)
 @pytest.mark.parametrize("shape", [(3, 5, 304), (300, 24), (4, 512)])
 def test_activations_equal_numpys(name: str, shape: tuple[int, ...]) -> None:
     x, bias, grad = random(shape, 0, 2.0), random(shape[-1:], 1), random(shape, 2)
     value, step = VALUES[name], 1e-5
     slope = (value(x + bias + step) - value(x + bias - step)) / (2 * step)
     y, pullback = jax.vjp(
-        lambda x, b: kernels.activation(x, b, name), jnp.asarray(x, jnp.bfloat16), jnp.asarray(bias, jnp.float32)
+        lambda x, b: activations.activate(x, b, name), jnp.asarray(x, jnp.bfloat16), jnp.asarray(bias, jnp.float32)
     )
     grad_x, grad_bias = pullback(jnp.asarray(grad, jnp.bfloat16))
     assert relative_error(y, value(x + bias)) < ROUNDING
@@ -95,10 +118,10 @@ def test_activations_equal_numpys(name: str, shape: tuple[int, ...]) -> None:
     assert relative_error(grad_bias, (grad * slope).sum(tuple(range(x.ndim - 1)))) < 1e-5
 
 
-@pytest.mark.parametrize("name", kernels.SLOPES)
+@pytest.mark.parametrize("name", activations.SLOPES)
 def test_activations_of_extreme_values_are_finite(name: str) -> None:
     x = jnp.array([[-3e38, -1e4, -30.0, -0.0, 0.0, 30.0, 1e4, 3e38]], jnp.bfloat16)
-    y, pullback = jax.vjp(lambda x: kernels.activation(x, jnp.zeros(8), name), x)
+    y, pullback = jax.vjp(lambda x: activations.activate(x, jnp.zeros(8), name), x)
     (slope,) = pullback(jnp.ones_like(x))
     np.testing.assert_array_equal(y[0], np.where(np.asarray(x[0], np.float32) > 0, x[0], 0.0).astype(y.dtype))
     np.testing.assert_allclose(np.asarray(slope[0], np.float32), [0, 0, 0, 0.5, 0.5, 1, 1, 1], atol=1e-6)
@@ -154,39 +177,61 @@ def test_kernels_are_for_gpus_that_run_triton(platform: str, capability: str, ex
     assert runs_triton(device) == expected
 
 
-def lower_for_a_gpu(monkeypatch: pytest.MonkeyPatch, fn: Callable, *shapes: jax.ShapeDtypeStruct) -> str:
-    """The program of a function and its gradients as JAX hands it to the GPU's compiler; no GPU takes part."""
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """A context in which functions are lowered as for a GPU; none takes part."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     platform = {"platform": "gpu"} if "platform" in inspect.signature(AbstractDevice).parameters else {}
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, **platform)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+
+def lower_for_a_gpu(monkeypatch: pytest.MonkeyPatch, fn: Callable, *shapes: jax.ShapeDtypeStruct) -> str:
+    """The program of a function and its gradients as JAX hands it to the GPU's compiler."""
 
     def both(*args):
         return jax.value_and_grad(lambda *a: fn(*a).astype(jnp.float32).sum(), argnums=(0, 1))(*args)
 
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+    with on_a_gpu(monkeypatch):
         return jax.jit(both).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_roundings_to_fp8_become_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_three(x, bias):
+        one, grad = jnp.float32(1), x
+        forward = activations.activate_to_fp8(x, bias, one, "gelu_tanh", jnp.float8_e4m3fn)
+        backward = activations.slope_to_fp8(x, bias, grad, one, "gelu_tanh", jnp.float8_e5m2)
+        return forward, backward, activations.quantize(x, one, jnp.float8_e5m2)
+
+    with on_a_gpu(monkeypatch):
+        text = jax.jit(all_three).trace(*shapes_of(304)).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton(") == 3
 
 
 def shapes_of(width: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     return jax.ShapeDtypeStruct((1000, width), jnp.bfloat16), jax.ShapeDtypeStruct((width,), jnp.float32)
 
 
-@pytest.mark.parametrize("name", kernels.SLOPES)
+@pytest.mark.parametrize("name", activations.SLOPES)
 def test_every_activation_becomes_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = lower_for_a_gpu(monkeypatch, lambda x, b: kernels.activation(x, b, name), *shapes_of(304))
+    text = lower_for_a_gpu(monkeypatch, lambda x, b: activations.activate(x, b, name), *shapes_of(304))
     assert text.count("__gpu$xla.gpu.triton(") == 2  # forward and backward
 
 
-@pytest.mark.parametrize("width", [72, 1024, kernels.MAX_WIDTH])
+@pytest.mark.parametrize("width", [72, 1024, norms.MAX_WIDTH])
 @pytest.mark.parametrize("centred", [False, True])
 def test_norms_of_every_width_become_triton(width: int, centred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = lower_for_a_gpu(monkeypatch, lambda x, s: kernels.norm(x, s, None, centred, 1e-6), *shapes_of(width))
+    text = lower_for_a_gpu(monkeypatch, lambda x, s: norms.norm(x, s, None, centred, 1e-6), *shapes_of(width))
     assert text.count("__gpu$xla.gpu.triton(") == 2
 
 
 def test_kernels_are_not_for_what_they_cannot_count_or_load() -> None:
-    assert kernels.fits((4, 64), jnp.bfloat16)
-    assert not kernels.fits((4, 64), jnp.float32)
-    assert not kernels.fits((4, 60), jnp.bfloat16)
-    assert kernels.fits((2**21, 1016), jnp.bfloat16)
-    assert not kernels.fits((2**21, 1024), jnp.bfloat16)
+    def fits(shape: tuple[int, int], dtype=jnp.bfloat16) -> bool:
+        found = []
+        jax.eval_shape(lambda x: found.append(tiles.fits(x)), jax.ShapeDtypeStruct(shape, dtype))
+        return found[0]
+
+    assert fits((4, 64))
+    assert not fits((4, 64), jnp.float32)
+    assert not fits((4, 60))
+    assert fits((2**21, 1016))
+    assert not fits((2**21, 1024))

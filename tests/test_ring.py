@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from vit22b import ring, sharding
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
 from vit22b.hlo import Replay, parse
-from vit22b.linear import column_parallel, row_parallel
+from vit22b.linear import column_parallel, read_as, row_parallel
 from vit22b.sharding import HIDDEN, RESIDUAL
 from vit22b.step import abstract_state, compile_train_step
 
@@ -84,10 +84,10 @@ def test_parallel_matmuls_equal_numpys(shape: tuple, mesh: MeshFactory) -> None:
     outs = [rng.normal(size=s).astype(np.float32) for s in ((32, 32), (64, 32))]
     with mesh(*shape) as m:
         put = lambda value, spec: jax.device_put(value, NamedSharding(m, spec))  # noqa: E731
-        ys = jax.jit(lambda x, w: column_parallel(x, w, ["mlp"] * 2, config))(
+        ys = jax.jit(lambda x, w: column_parallel([reshard(x, read_as(config))], w, ["mlp"] * 2, config, None, False))(
             put(x, RESIDUAL), [put(w, P("data", "model")) for w in kernels]
         )
-        z = jax.jit(lambda y, w: row_parallel(y, w, ["mlp"] * 2, config))(
+        z = jax.jit(lambda y, w: row_parallel(y, w, ["mlp"] * 2, config, False))(
             ys, [put(w, P("model", "data")) for w in outs]
         )
         assert all(jax.typeof(y).sharding.spec == HIDDEN for y in ys)

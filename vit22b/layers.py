@@ -7,7 +7,6 @@ matmuls read and write; norms and softmax compute in fp32.
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +16,14 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
-from vit22b import init, kernels
+from vit22b import fp8, init
+from vit22b.activations import ACTIVATIONS, STEEPEST
 from vit22b.config import ModelConfig
 from vit22b.hardware import runs_triton
-from vit22b.linear import KERNEL_IN, KERNEL_OUT, column_parallel, row_parallel
-from vit22b.sharding import HEADS, HIDDEN
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "swiglu": jax.nn.silu,
-}
+from vit22b.kernels import activations, norms
+from vit22b.kernels.tiles import fits
+from vit22b.linear import KERNEL_IN, KERNEL_OUT, column_parallel, read_as, row_parallel
+from vit22b.sharding import HEADS, HIDDEN, SPLIT
 
 
 def new_kernel(key: jax.Array, shape: tuple[int, int], spec: P, config: ModelConfig) -> nnx.Param:
@@ -41,10 +37,9 @@ def vector(size: int, value: float = 0.0) -> nnx.Param:
     return nnx.Param(jnp.full((size,), value, jnp.float32))
 
 
-def use_kernels(config: ModelConfig, x: jax.Array) -> bool:
-    """Whether Pallas kernels compute norms and activations of `x`."""
-    wanted = config.kernels == "pallas" or (config.kernels == "auto" and runs_triton(jax.devices()[0]))
-    return wanted and kernels.fits(jax.typeof(x).sharding.shard_shape(x.shape), x.dtype)
+def wants_kernels(config: ModelConfig) -> bool:
+    """Whether Pallas kernels compute norms, activations and their rounding to fp8, of arrays that they fit."""
+    return config.kernels == "pallas" or (config.kernels == "auto" and runs_triton(jax.devices()[0]))
 
 
 class Norm(nnx.Module):
@@ -59,19 +54,45 @@ class Norm(nnx.Module):
         self.config = config
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        config, centred = self.config, self.config.norm == "layer"
-        scale, bias = self.scale[...], None if self.bias is None else self.bias[...]
-        placed = jax.typeof(x).sharding
-        whole_rows = placed.shard_shape(x.shape)[-1] == x.shape[-1]
-        if use_kernels(config, x) and whole_rows and x.shape[-1] <= kernels.MAX_WIDTH:
-            spec = placed.spec
-            norm = functools.partial(kernels.norm, centred=centred, epsilon=config.norm_epsilon)
+        config, scale, bias = self.config, *self._vectors()
+        centred = config.norm == "layer"
+        if self._kernels_apply(x):
+            spec = jax.typeof(x).sharding.spec
+            norm = functools.partial(norms.norm, centred=centred, epsilon=config.norm_epsilon)
             return jax.shard_map(norm, in_specs=(spec, P(), P()), out_specs=spec, check_vma=False)(x, scale, bias)
         y = x.astype(jnp.float32)
         if centred:
             y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + config.norm_epsilon) * scale
         return (y if bias is None else y + bias).astype(x.dtype)
+
+    def branch_off(self, x: jax.Array, count: int, spec: P) -> tuple[jax.Array, list[jax.Array]]:
+        """The residual stream x, and its norm as `spec` for each of `count` readers, whose gradients meet here."""
+        if not self._kernels_apply(x):
+            return x, [reshard(self(x), spec)] * count
+        own, config = jax.typeof(x).sharding.spec, self.config
+        branch_off = functools.partial(
+            norms.branch_off, centred=config.norm == "layer", epsilon=config.norm_epsilon, count=count
+        )
+        # Rows are whole, so that `spec` and `own` mean the same.
+        specs = (own, own, [spec] * count)
+        run = jax.shard_map(branch_off, in_specs=(own, P(), P()), out_specs=specs, check_vma=False)
+        x, y, slots = run(x, *self._vectors())
+        y = reshard(y, spec)
+        return x, [norms.take(y, slot) for slot in slots]
+
+    def length(self) -> jax.Array:
+        """What no row of the norm exceeds in length, fp32: without scale and bias it is the root of its size."""
+        scale, bias = self._vectors()
+        length = math.sqrt(scale.shape[0]) * jnp.max(jnp.abs(scale))
+        return (length if bias is None else length + jnp.linalg.norm(bias)) * (1 + 2.0**-8)  # rounded to bf16
+
+    def _vectors(self) -> tuple[jax.Array, jax.Array | None]:
+        return self.scale[...], None if self.bias is None else self.bias[...]
+
+    def _kernels_apply(self, x: jax.Array) -> bool:
+        whole_rows = jax.typeof(x).sharding.shard_shape(x.shape)[-1] == x.shape[-1]
+        return wants_kernels(self.config) and fits(x) and whole_rows and x.shape[-1] <= norms.MAX_WIDTH
 
 
 class Branch(nnx.Module):
@@ -92,6 +113,15 @@ class Branch(nnx.Module):
 
     def hidden(self, ys: list[jax.Array], rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
         """From products with `inputs`, (B, T, K) each, without biases, to what `out` projects back, (B, T, K)."""
+        raise NotImplementedError
+
+    @property
+    def fits_fp8(self) -> bool:
+        """Whether `in_fp8` computes this branch."""
+        return False
+
+    def in_fp8(self, x_BTD: jax.Array, length: jax.Array) -> jax.Array:
+        """The whole branch without the output's bias, for fp8 matmuls: (B, T, D) of rows no longer than `length`."""
         raise NotImplementedError
 
     def scaled(self, w: nnx.Param) -> jax.Array:
@@ -219,36 +249,61 @@ class MLP(Branch):
     def _activate(self, x_BTF: jax.Array, bias: nnx.Param | None) -> jax.Array:
         """The activation of x + bias."""
         name = self.config.mlp
-        if use_kernels(self.config, x_BTF) and name in kernels.SLOPES:
-            split = P(HIDDEN[-1])
-            bias_F = jnp.zeros(x_BTF.shape[-1:], out_sharding=split) if bias is None else reshard(bias[...], split)
-            activate = functools.partial(kernels.activation, name=name)
-            return jax.shard_map(activate, in_specs=(HIDDEN, split), out_specs=HIDDEN, check_vma=False)(x_BTF, bias_F)
+        if wants_kernels(self.config) and fits(x_BTF) and name in activations.SLOPES:
+            activate = functools.partial(activations.activate, name=name)
+            run = jax.shard_map(activate, in_specs=(HIDDEN, SPLIT), out_specs=HIDDEN, check_vma=False)
+            return run(x_BTF, hidden_bias(bias, x_BTF.shape[-1]))
         # Only its input is kept for the backward pass, not the several values that its derivative is made of.
         return jax.checkpoint(lambda x: ACTIVATIONS[name](add_bias(x, bias)))(x_BTF)
+
+    @property
+    def fits_fp8(self) -> bool:
+        return self.gate is None and self.config.mlp in STEEPEST
+
+    def in_fp8(self, x_BTD: jax.Array, length: jax.Array) -> jax.Array:
+        bias, pallas = hidden_bias(self.up_bias, self.up.shape[-1]), wants_kernels(self.config)
+        return fp8.mlp(x_BTD, length, self.up[...], bias, self.scaled(self.out), self.config.mlp, pallas)
 
 
 def apply_branches(
     norm: Norm, branches: list[Branch], x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array] | None, config: ModelConfig
-) -> jax.Array:
-    """What the branches, reading one norm of the residual stream, add to it: (B, T, D) to (B, T, D)."""
-    inputs = [(w, branch.region) for branch in branches for w in branch.inputs]
+) -> tuple[jax.Array, jax.Array]:
+    """The residual stream (B, T, D), and what the branches, reading one norm of it, add to it."""
+    narrow, pallas = config.matmul == "fp8", wants_kernels(config)
+    fused = [branch for branch in branches if narrow and branch.fits_fp8]
+    others = [branch for branch in branches if not (narrow and branch.fits_fp8)]
+    inputs = [(w, branch.region) for branch in others for w in branch.inputs]
+    # Where all kernels read one array together, in rings or rounded to fp8 for all at once, it has one reader.
+    together = min(len(inputs), 1) if narrow or config.overlap else len(inputs)
     with jax.named_scope("norm"):
-        normed_BTD = norm(x_BTD)
-    ys = column_parallel(normed_BTD, [w for w, _ in inputs], [region for _, region in inputs], config)
-    hidden = []
-    for branch in branches:
-        count = len(branch.inputs)
+        x_BTD, normed = norm.branch_off(x_BTD, together + len(fused), read_as(config))
+        length = norm.length()  # unused, and not computed, but for fp8
+    outputs = []
+    if others:
+        regions = [region for _, region in inputs]
+        ys = column_parallel(normed[:together], [w for w, _ in inputs], regions, config, length, pallas)
+        hidden = []
+        for branch in others:
+            count = len(branch.inputs)
+            with jax.named_scope(branch.region):
+                hidden.append(branch.hidden(ys[:count], rope))
+            ys = ys[count:]
+        outward, regions = [branch.scaled(branch.out) for branch in others], [branch.region for branch in others]
+        outputs.append(row_parallel(hidden, outward, regions, config, pallas))
+    for branch, read_BTD in zip(fused, normed[together:], strict=True):
         with jax.named_scope(branch.region):
-            hidden.append(branch.hidden(ys[:count], rope))
-        ys = ys[count:]
-    regions = [branch.region for branch in branches]
-    out_BTD = row_parallel(hidden, [branch.scaled(branch.out) for branch in branches], regions, config)
+            outputs.append(branch.in_fp8(read_BTD, length))
+    out_BTD = functools.reduce(jnp.add, outputs)
     for branch in branches:
         if branch.out_bias is not None:
             with jax.named_scope(branch.region):
                 out_BTD = out_BTD + branch.scaled(branch.out_bias).astype(out_BTD.dtype)
-    return out_BTD
+    return x_BTD, out_BTD
+
+
+def hidden_bias(bias: nnx.Param | None, size: int) -> jax.Array:
+    """A bias along the hidden dimension as kernels take it: split as that is, zeros for None."""
+    return jnp.zeros(size, out_sharding=SPLIT) if bias is None else reshard(bias[...], SPLIT)
 
 
 def add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:

@@ -24,32 +24,44 @@ KERNEL_OUT = P("model", "data")  # (K, D): read by row_parallel
 COLUMN, ROW = P(None, "model"), P("model", None)  # the same kernels gathered over 'data' for use
 
 
+def read_as(config: ModelConfig) -> P:
+    """How `column_parallel` takes the stream: as it lies for rings and fp8, which gather the width themselves."""
+    return RESIDUAL if config.matmul == "fp8" or config.overlap else BATCH
+
+
 def column_parallel(
-    x_BTD: jax.Array, kernels: list[nnx.Param], regions: list[str], config: ModelConfig
+    xs: list[jax.Array],
+    kernels: list[nnx.Param],
+    regions: list[str],
+    config: ModelConfig,
+    length: jax.Array | None,
+    pallas: bool,
 ) -> list[jax.Array]:
     """`x @ kernel` for each (D, K) kernel: a list of (B, T, K), K split over 'model'.
 
-    `regions`: for each kernel the scope that its matmuls are put under, for profiles.
+    `xs`: the same (B, T, D) for each kernel, or once for all; as `read_as` says. `regions`: for each kernel the scope
+    that its matmuls are put under, for profiles. For fp8, `length` is what no row of x exceeds in length, and kernels
+    for GPUs quantize if `pallas`.
     """
     if config.matmul == "fp8":
-        return fp8.column(reshard(x_BTD, RESIDUAL), [w[...] for w in kernels], tuple(regions))
-    weights = [w[...].astype(x_BTD.dtype) for w in kernels]
+        assert length is not None
+        return fp8.column(xs[0], length, [w[...] for w in kernels], tuple(regions), pallas)
+    weights = [w[...].astype(xs[0].dtype) for w in kernels]
     if config.overlap:
-        return _column_rings(reshard(x_BTD, RESIDUAL), weights)
-    x_BTD = reshard(x_BTD, BATCH)  # matmuls read the whole width, the stream is split over 'model'
+        return _column_rings(xs[0], weights)
     outputs = []
-    for w, region in zip(weights, regions, strict=True):
+    for x_BTD, w, region in zip(xs if len(xs) > 1 else xs * len(weights), weights, regions, strict=True):
         with jax.named_scope(region):
             outputs.append(matmul("btd,dk->btk", x_BTD, reshard(w, COLUMN), HIDDEN))
     return outputs
 
 
 def row_parallel(
-    inputs: list[jax.Array], kernels: list[jax.Array], regions: list[str], config: ModelConfig
+    inputs: list[jax.Array], kernels: list[jax.Array], regions: list[str], config: ModelConfig, pallas: bool
 ) -> jax.Array:
     """The sum over pairs of `x @ kernel`, (B, T, K) @ (K, D) with K split over 'model': (B, T, D) as RESIDUAL."""
     if config.matmul == "fp8":
-        return fp8.row(inputs, kernels, tuple(regions))
+        return fp8.row(inputs, kernels, tuple(regions), pallas)
     weights = [w.astype(x.dtype) for x, w in zip(inputs, kernels, strict=True)]
     if config.overlap:
         return _row_rings(inputs, weights)

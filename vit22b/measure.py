@@ -61,7 +61,7 @@ def measure(recipe: Recipe, mesh: Mesh, source: Source | None, steps: int) -> di
 
     `source` gives the training images; None: one random batch lies on the devices. `steps` are timed, a multiple of
     `timing.GROUP`. Raises `RecipeError` where the step does not fit the devices. Where profiling fails,
-    'profile_error' says so and 'regions' and 'kinds' are None.
+    'profile_error' says so and 'regions', 'kinds' and 'kernels' are None.
     """
     abstract = sharding.concrete(abstract_state(recipe), mesh)
     start = time.perf_counter()
@@ -121,15 +121,15 @@ def random_batch(recipe: Recipe, mesh: Mesh) -> dict[str, jax.Array]:
 
 
 def profile_steps(recipe: Recipe, state: TrainState, runner: Runner, platform: str) -> dict[str, object]:
-    """'regions' and 'kinds' of `profile.Shares`, or None each and a line in 'profile_error'. Never raises."""
+    """The fields of `profile.Shares`, or None each and a line in 'profile_error'. Never raises."""
     try:
         runner.step = compiled = profile.compile_for_profile(
             trace_train_step(recipe, state), platform, compiler_options(recipe)
         )
         runner.run(1)
         events = profile.record(lambda: runner.run(PROFILED))
-        found = dataclasses.asdict(profile.shares(compiled.as_text() or "", events))
+        found = dataclasses.asdict(profile.shares(compiled.as_text() or "", events, PROFILED))
         return {**found, "profile_error": None}
     except Exception as error:  # XLA, the profiler and its file format: the times above are worth keeping
         line = " ".join(str(error).split())[:200]
-        return {"regions": None, "kinds": None, "profile_error": f"{type(error).__name__}: {line}"}
+        return {"regions": None, "kinds": None, "kernels": None, "profile_error": f"{type(error).__name__}: {line}"}

@@ -5,6 +5,7 @@ Letters as in layers.py, and: C classes, L layers, I pixels of a patch. A model 
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ class Block(nnx.Module):
         else:
             steps = [(self.norm, [self.attention]), (self.mlp_norm, [self.mlp])]
         for i, (norm, branches) in enumerate(steps):
-            y_BTD = apply_branches(norm, branches, x_BTD, rope, self.config)
+            x_BTD, y_BTD = apply_branches(norm, branches, x_BTD, rope, self.config)
             x_BTD = add_residual(x_BTD, y_BTD if keep_SB11 is None else y_BTD * keep_SB11[i])
         return x_BTD
 
@@ -97,12 +98,13 @@ class MAPHead(nnx.Module):
         query_B1D = jnp.broadcast_to(probe, (x_BTD.shape[0], *probe.shape), out_sharding=BATCH)
         attention, region = self.attention, self.attention.region
         query, *key_value = attention.inputs
-        projected = column_parallel(query_B1D, [query], [region], self.config)
-        projected += column_parallel(x_BTD, key_value, [region] * 2, self.config)
+        projected = column_parallel([query_B1D], [query], [region], self.config, None, False)
+        projected += column_parallel([reshard(x_BTD, BATCH)], key_value, [region] * 2, self.config, None, False)
         with jax.named_scope(region):
             hidden = attention.hidden(projected, rope=None)
-        y_B1D = add_bias(row_parallel([hidden], [attention.out[...]], [region], self.config), attention.out_bias)
-        return (y_B1D + apply_branches(self.norm, [self.mlp], y_B1D, None, self.config))[:, 0]
+        y_B1D = row_parallel([hidden], [attention.out[...]], [region], self.config, False)
+        y_B1D = add_bias(y_B1D, attention.out_bias)
+        return functools.reduce(jnp.add, apply_branches(self.norm, [self.mlp], y_B1D, None, self.config))[:, 0]
 
 
 class ViT(nnx.Module):

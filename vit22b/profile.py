@@ -18,6 +18,7 @@ from vit22b import hlo
 
 # The scopes of layers.py, model.py and step.py.
 REGIONS = ("embed", "norm", "attention", "mlp", "head", "loss", "optimizer", "input")
+LONGEST = 40  # kernels that are listed
 CONTAINERS = ("while", "call", "conditional")  # what they run has events of its own
 MATMUL_KERNEL = re.compile(r"nvjet|gemm|cutlass|xmma|__cublas|__onednn", re.IGNORECASE)
 ATTENTION_KERNEL = re.compile(r"cudnn|fmha|flash", re.IGNORECASE)
@@ -34,11 +35,22 @@ class Event:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Kernel:
+    """All runs of one kernel for one region."""
+
+    name: str
+    region: str
+    runs: float  # per step
+    ms: float  # per step, of all runs together
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Shares:
-    """Parts of the time from the first event to the last one's end; each table sums to 1."""
+    """Parts of the time from the first event to the last one's end; `regions` and `kinds` sum to 1 each."""
 
     regions: dict[str, float]  # REGIONS, 'other', 'communication', 'idle': those that occur
     kinds: dict[str, float]  # 'matmul', 'attention', 'elementwise', 'communication', 'idle': those that occur
+    kernels: list[Kernel]  # those that take most time, longest first
 
 
 class Labels:
@@ -175,7 +187,7 @@ def record(run: Callable[[], None]) -> list[Event]:
 
 
 def compile_for_profile(
-    traced: jax.stages.Traced, platform: str, options: dict[str, bool | str]
+    traced: jax.stages.Traced, platform: str, options: dict[str, bool | int | str]
 ) -> jax.stages.Compiled:
     """The traced function compiled with XLA's `options`, and so that its events carry the names of instructions.
 
@@ -185,10 +197,27 @@ def compile_for_profile(
     return traced.lower().compile(compiler_options=options | graphs_off)
 
 
-def shares(text: str, events: list[Event]) -> Shares:
-    """Both tables of the events of a compiled module, given its text. Raises ValueError where there are no events."""
+def longest(events: list[Event], region: Callable[[Event], str], steps: int) -> list[Kernel]:
+    """The LONGEST kernels of `steps` steps that take most time; those whose names differ in a number alone are one."""
+    times: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for event in events:
+        name = re.sub(r"[._]\d+$", "", event.kernel)
+        times[name, region(event)].append(event.end - event.start)
+    found = [Kernel(*key, len(ns) / steps, sum(ns) / steps / 1e6) for key, ns in times.items()]
+    return sorted(found, key=lambda kernel: -kernel.ms)[:LONGEST]
+
+
+def shares(text: str, events: list[Event], steps: int) -> Shares:
+    """The tables of the events of `steps` runs of a compiled module, given its text.
+
+    Raises ValueError where there are no events.
+    """
     labels = Labels(text)
     events = [event for event in events if not labels.is_container(event)]
     if not any(event.end > event.start for event in events):
         raise ValueError("the profiler recorded no events of the device")
-    return Shares(regions=time_shares(events, labels.region), kinds=time_shares(events, labels.kind))
+    return Shares(
+        regions=time_shares(events, labels.region),
+        kinds=time_shares(events, labels.kind),
+        kernels=longest(events, labels.region, steps),
+    )

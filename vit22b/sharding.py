@@ -21,6 +21,8 @@ AXES = ("replica", "data", "model")
 BATCH = P(("replica", "data"))
 RESIDUAL = P(("replica", "data"), None, "model")  # B T D
 HIDDEN = P(("replica", "data"), None, "model")  # B T F, and B T (N H)
+TRANSPOSED = P("model", ("replica", "data"), None)  # the same with the last dimension first
+SPLIT = P("model")  # F: a vector along the hidden dimension
 HEADS = P(("replica", "data"), None, "model", None)  # B T N H
 
 

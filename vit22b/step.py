@@ -120,11 +120,16 @@ def trace_train_step(recipe: Recipe, state: TrainState) -> jax.stages.Traced:
     return jax.jit(functools.partial(train_step, recipe), donate_argnums=0).trace(state, abstract_batch(recipe))
 
 
-def compiler_options(recipe: Recipe) -> dict[str, bool | str]:
+def compiler_options(recipe: Recipe) -> dict[str, bool | int | str]:
     """XLA's options for the train step on the devices in use, beside those in XLA_FLAGS."""
-    # XLA tries its Triton matmuls for each fp8 one: minutes of compilation, and cuBLASLt's were faster on an H200.
-    gpu = jax.default_backend() == "gpu"
-    return {"xla_gpu_enable_triton_gemm": False} if gpu and recipe.model.matmul == "fp8" else {}
+    if jax.default_backend() != "gpu" or recipe.model.matmul != "fp8":
+        return {}
+    return {
+        # XLA tries its Triton matmuls for each fp8 one: minutes of compilation, and cuBLASLt's were faster on an H200.
+        "xla_gpu_enable_triton_gemm": False,
+        # Nor does it join gradients of kernels that read the same activations, which it would first have to copy.
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    }
 
 
 def compile_train_step(recipe: Recipe, state: TrainState) -> jax.stages.Compiled:
