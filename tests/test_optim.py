@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 from vit22b.config import DataConfig, ModelConfig, OptimConfig, Recipe
 from vit22b.model import ViT
 from vit22b.names import named_leaves
-from vit22b.optim import add_weight_decay, make_optimizer, schedule
+from vit22b.optim import add_weight_decay, clip, global_norm, make_optimizer, schedule
 from vit22b.sharding import BATCH, abstract_mesh, concrete, spec_of
 from vit22b.step import TrainState, init_state, loss_and_gradients, train_step
 
@@ -59,11 +59,17 @@ def parameters_and_gradients(optimizer: str) -> tuple[dict, list[dict]]:
 @functools.cache
 def run(mesh: MeshFactory, name: str, **changes) -> tuple[list[Arrays], list[Arrays], optax.OptState]:
     """The parameters before each of five updates, the updates, and the last state."""
-    optimizer = make_optimizer(dataclasses.replace(BASE, name=name, **changes), total_steps=len(RATES))
+    config = dataclasses.replace(BASE, name=name, **changes)
+    optimizer = make_optimizer(config, total_steps=len(RATES))
     parameters, gradients = parameters_and_gradients(name)
     before, updates = [], []
     with mesh():
-        step = jax.jit(optimizer.update)
+
+        @jax.jit
+        def step(gradient, state, parameters):
+            clipped = clip(gradient, global_norm(gradient, unrolled=True), config.clip_norm)
+            return optimizer.update(clipped, state, parameters)
+
         state = jax.jit(optimizer.init)(parameters)
         for gradient in gradients:
             update, state = step(gradient, state, parameters)
@@ -170,6 +176,13 @@ def test_gradients_are_clipped_by_the_norm_over_all_parameters(mesh: MeshFactory
     ]
     before, updates, _ = run(mesh, "adamw", clip_norm=100.0)
     assert_updates_by_hand("adamw", before, updates, clipped, 1e-5)
+
+
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_the_norm_is_that_of_all_elements_of_all_layers(unrolled: bool) -> None:
+    gradients = parameters_and_gradients("adamw")[1][1]
+    square = sum((g.astype(np.float64) ** 2).sum() for g in named_leaves(gradients).values())
+    assert float(global_norm(gradients, unrolled)) == pytest.approx(math.sqrt(square), rel=1e-6)
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("adafactor", 1e-5), ("muon", 1e-4)])  # as above

@@ -32,7 +32,7 @@ FP32_SLOWDOWN = 15.0  # of matmuls against bf16: 67 of 989 TFLOP/s in H200's dat
 
 # Values per hidden unit that the activations keep for their gradients where nothing is recomputed, and the output.
 ACTIVATION_SAVES = {"gelu_tanh": 2, "gelu": 2, "swiglu": 4}
-NORM_SAVES = 12  # bytes per element: three fp32 values; the kernels of vit22b/kernels.py keep their input alone
+NORM_SAVES = 12  # bytes per element: three fp32 values; the kernels of vit22b/kernels keep their input alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +118,7 @@ class Layer:
         self.replica, self.data, self.model = shape
         self.fused_attention = fused_attention
         self.remat = config.remat
-        self.unrolled = config.scan_unroll >= config.depth
+        self.unrolled = config.unrolled
         self.images = recipe.batch_size // (self.replica * self.data * recipe.optim.accumulate_steps)
         self.tokens = self.images * config.num_tokens
         self.item = 4 if config.matmul == "fp32" else 2  # fp8, which no plan takes so far, would count as bf16
@@ -202,7 +202,7 @@ def _compute(recipe: Recipe, chip: Chip, layer: Layer, state: dict[str, int]) ->
         wide, narrow = 3 * layer.heads + layer.gates * layer.hidden, layer.heads + layer.hidden
         sums = (1 if config.remat == "none" else 2) * wide + narrow + 2 * layer.sums * layer.stream
         moved += 3 * (layer.model - 1) * layer.tokens * layer.item * sums
-    if config.scan_unroll < config.depth:  # a loop's saved values go into stacked buffers, and back
+    if not config.unrolled:  # a loop's saved values go into stacked buffers, and back
         moved += 2 * layer.saved(config)
     # Weights are read in fp32 and written in bf16, once or twice; gradients the other way round.
     casts = (1 if config.remat == "none" else 2) * (4 + layer.item) + 2 * layer.item + 4

@@ -98,7 +98,7 @@ class ModelConfig:
     # Communication over 'data' and 'model' in rings beside the matmuls, or as XLA arranges it; see vit22b/ring.py.
     overlap: bool = False
     attention: str = "auto"  # 'auto', 'xla', 'cudnn'
-    kernels: str = "auto"  # of norms and activations: 'pallas' (vit22b/kernels.py), 'xla', 'auto': pallas on a GPU
+    kernels: str = "auto"  # of norms and activations: 'pallas' (vit22b/kernels), 'xla', 'auto': pallas on a GPU
     remat: str = "none"  # recomputed in the backward pass: 'none', 'full', 'dots', 'attention'; see model.REMAT
     scan_unroll: int = 1  # layers per iteration of the scan; >= depth: no loop at all
 
@@ -110,6 +110,11 @@ class ModelConfig:
     def grid(self) -> int:
         """Patches per side."""
         return self.image_size // self.patch_size
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether layers follow one another in the program, without a loop."""
+        return self.scan_unroll >= self.depth
 
     @property
     def num_tokens(self) -> int:

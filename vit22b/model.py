@@ -213,16 +213,15 @@ class ViT(nnx.Module):
                 kept = jax.lax.dynamic_update_index_in_dim(kept, x_BTD, slot, 0)
             return (x_BTD, kept), None
 
-        looped = config.scan_unroll < depth
         if config.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=not looped)
+            layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=config.unrolled)
         blocks = sum_replicas_later(self.blocks) if config.overlap else self.blocks
         carry, inputs = (x_BTD, kept), (blocks, rates, slots, keys)
-        if looped:
-            carry, _ = jax.lax.scan(layer, carry, inputs, unroll=config.scan_unroll)
+        if config.unrolled:
+            for each in unstack(inputs, depth):
+                carry, _ = layer(carry, each)
         else:
-            for i in range(depth):
-                carry, _ = layer(carry, jax.tree.map(lambda leaf: leaf[i], inputs))  # noqa: B023
+            carry, _ = jax.lax.scan(layer, carry, inputs, unroll=config.scan_unroll)
         x_BTD, kept = carry
         return x_BTD, None if kept is None else kept[:-1]
 
@@ -234,6 +233,17 @@ class ViT(nnx.Module):
             return tokens_BTD[:, 0]
         num_prefix = 0 if self.prefix is None else self.prefix.shape[0]
         return jnp.mean(tokens_BTD[:, num_prefix:].astype(jnp.float32), axis=1)
+
+
+def unstack(tree, count: int) -> list:
+    """The `count` slices of each array along its first dimension, in trees like `tree`.
+
+    Not by indexing: then each slice's gradient is padded with zeros to the whole, and all are added, for every element
+    of every parameter.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    slices = [[part.squeeze(0) for part in jax.lax.split(leaf, [1] * count)] for leaf in leaves]
+    return [treedef.unflatten(each) for each in zip(*slices, strict=True)] if leaves else [tree] * count
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> jax.Array:

@@ -1,9 +1,10 @@
 """Schedules, weight-decay groups and optimizers.
 
-One chain for all: clip by global norm, precondition, add weight decay, scale by the schedule. Parameters
+For all: clip by global norm, then one chain that preconditions, adds weight decay, scales by the schedule. Parameters
 are told apart by their path in the model, since stacked blocks make a norm's scale two-dimensional.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -125,11 +126,36 @@ def scale_by_muon(config: OptimConfig) -> optax.GradientTransformation:
     return optax.GradientTransformation(muon.init, update)
 
 
+def global_norm(gradients, unrolled: bool) -> jax.Array:
+    """The Euclidean norm of all gradients together, fp32 scalar.
+
+    `unrolled`: layers do not run in a loop, so that a stack of their gradients exists as its parts alone; each is then
+    added up where it lies. XLA would find the place of every element among all parts: 13 ms instead of 2 for 2.7 G
+    parameters on an H200.
+    """
+
+    def squares(path: tuple, gradient: jax.Array) -> jax.Array:
+        if unrolled and "blocks" in path_name(path).split("/"):
+            return functools.reduce(jnp.add, [jnp.sum(jnp.square(layer)) for layer in gradient])
+        return jnp.sum(jnp.square(gradient))
+
+    found = jax.tree.leaves(jax.tree_util.tree_map_with_path(squares, gradients))
+    return jnp.sqrt(functools.reduce(jnp.add, found))
+
+
+def clip(gradients, norm: jax.Array, limit: float):
+    """The gradients, scaled down so that their norm is `limit` at most; 0: as they are."""
+    if not limit:
+        return gradients
+    factor = jnp.minimum(1.0, limit / norm)
+    return jax.tree.map(lambda gradient: gradient * factor, gradients)
+
+
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:
-    """The gradient transformation of a recipe, from raw gradients to what is added to the parameters."""
+    """The gradient transformation of a recipe, from clipped gradients to what is added to the parameters."""
     scale = {"adamw": scale_by_adam, "adafactor": scale_by_adafactor, "muon": scale_by_muon}[config.name](config)
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        optax.identity(),  # clipping, before it was `clip`: checkpoints number the parts of this chain
         scale,
         add_weight_decay(config),
         optax.scale_by_learning_rate(schedule(config, total_steps)),

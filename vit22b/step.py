@@ -16,7 +16,7 @@ from vit22b.losses import classification_loss
 from vit22b.metrics import ClassificationSums, classification_sums
 from vit22b.mix import mix, normalize
 from vit22b.model import ViT
-from vit22b.optim import make_optimizer, schedule
+from vit22b.optim import clip, global_norm, make_optimizer, schedule
 from vit22b.sharding import BATCH
 
 
@@ -97,7 +97,8 @@ def train_step(recipe: Recipe, state: TrainState, batch: dict) -> tuple[TrainSta
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(recipe.seed), 1), state.step)
     loss, gradients = loss_and_gradients(recipe, state.model, batch, key)
     with jax.named_scope("optimizer"):
-        norm = optax.global_norm(gradients)
+        norm = global_norm(gradients, recipe.model.unrolled)
+        gradients = clip(gradients, norm, recipe.optim.clip_norm)
         optimizer = make_optimizer(recipe.optim, recipe.total_steps)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
         model, ema = optax.apply_updates(state.model, updates), state.ema
