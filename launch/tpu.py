@@ -18,8 +18,9 @@ import jax
 from launch.command_line import parse
 from vit22b import data, sharding
 from vit22b.checkpoint import Checkpoints
-from vit22b.config import Recipe, RecipeError, check
-from vit22b.hardware import multiplies_fp8, runs_triton
+from vit22b.config import ModelConfig, Recipe, RecipeError, check
+from vit22b.hardware import is_hopper, multiplies_fp8, runs_triton
+from vit22b.kernels import attention
 from vit22b.memory import check_state_memory
 from vit22b.report import Reporter, was_evaluated
 from vit22b.train import train
@@ -39,6 +40,7 @@ def check_on_devices(recipe: Recipe) -> tuple[int, int, int]:
     check_state_memory(recipe)
     cudnn = recipe.model.attention == "cudnn"
     check(not cudnn or devices[0].platform == "gpu", "model.attention", "'cudnn'", "needs a GPU; use 'auto' or 'xla'")
+    check_attention_kernel(recipe.model, devices[0])
     check(
         recipe.model.kernels != "pallas" or devices[0].platform == "cpu" or runs_triton(devices[0]),
         "model.kernels",
@@ -48,6 +50,20 @@ def check_on_devices(recipe: Recipe) -> tuple[int, int, int]:
     shape = sharding.mesh_shape(recipe.mesh, len(devices))
     sharding.check_divisibility(recipe, shape)
     return shape
+
+
+def check_attention_kernel(config: ModelConfig, device: jax.Device) -> None:
+    """Raises `RecipeError` where model.attention asks for the kernel for Hopper, and it does not apply."""
+    if config.attention != "pallas":
+        return
+    found = f"{device.device_kind}, {config.num_tokens} tokens, heads of {config.head_dim}, JAX {jax.__version__}"
+    check(
+        is_hopper(device) and attention.fits((1, config.num_tokens, 1, config.head_dim)),
+        "model.attention",
+        "'pallas'",
+        f"needs an NVIDIA H100 or H200, at most {attention.MAX_LENGTH} tokens in heads of at most 64 (up to 128 for at "
+        f"most 128 tokens), and JAX 0.11; here: {found}; use 'auto'",
+    )
 
 
 def run(recipe: Recipe, workdir: Path) -> int:

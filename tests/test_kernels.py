@@ -4,7 +4,10 @@ import dataclasses
 import functools
 import inspect
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -235,3 +238,11 @@ def test_kernels_are_not_for_what_they_cannot_count_or_load() -> None:
     assert not fits((4, 60))
     assert fits((2**21, 1016))
     assert not fits((2**21, 1024))
+
+
+def test_the_benchmark_of_kernels_is_refused_without_a_gpu() -> None:
+    command = [sys.executable, "benchmarks/kernels.py", "--config", "recipes/smoke.py"]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: device=cpu: runs no Triton kernels; use an NVIDIA GPU\n"

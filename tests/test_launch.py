@@ -75,6 +75,10 @@ def test_workdir_is_given_by_a_flag():
         (["--config.name=../up"], "name='../up': must be a plain name"),
         (["--config.total_steps=3000000000"], "total_steps=3000000000: must be below"),
         (["--config.model.attention=cudnn", "--config.model.matmul=bf16"], "model.attention='cudnn': needs a GPU"),
+        (
+            ["--config.model.attention=pallas", "--config.model.matmul=bf16"],
+            "model.attention='pallas': needs an NVIDIA H100 or H200, at most 256 tokens in heads of at most 64",
+        ),
         (["--config.model.width=3000000001"], "model.num_heads=3: must divide model.width=3000000001"),
         (["--config.batch_size=100"], "batch_size=100: must be a multiple of 8 = mesh.replica=1 x mesh.data=8"),
         (["--config.mesh.data=3"], "does not fill 8 device(s)"),

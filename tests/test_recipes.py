@@ -146,7 +146,7 @@ def test_epochs_become_steps() -> None:
 
 # Values that no debug recipe takes, and why.
 NOT_IN_DEBUG = {
-    "model.attention": {"cudnn"},  # needs a GPU
+    "model.attention": {"cudnn", "pallas"},  # need a GPU
 }
 NO_MECHANISM = {
     "name",

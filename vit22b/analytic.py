@@ -100,13 +100,16 @@ def is_tpu(chip: Chip) -> bool:
 
 
 def fused_attention(config: ModelConfig, chip: Chip) -> bool:
-    """Whether cuDNN's kernel applies, which keeps no scores; as `layers.dot_product_attention` decides."""
+    """Whether a fused kernel applies, which keeps no scores; as `layers.fastest_attention` decides.
+
+    But odd lengths count as XLA's here, as on a GPU that is no Hopper.
+    """
     fits = config.matmul != "fp32" and config.head_dim % 8 == 0 and config.head_dim <= 128
     return not is_tpu(chip) and config.attention != "xla" and fits and config.num_tokens % 2 == 0
 
 
 def gpu_kernels(config: ModelConfig, chip: Chip) -> bool:
-    """Whether Pallas kernels compute norms and activations; as `layers.use_kernels` decides."""
+    """Whether Pallas kernels compute norms and activations; as `layers.wants_kernels` decides."""
     return not is_tpu(chip) and config.kernels != "xla" and config.matmul != "fp32"
 
 

@@ -97,7 +97,7 @@ class ModelConfig:
     matmul: str = "bf16"
     # Communication over 'data' and 'model' in rings beside the matmuls, or as XLA arranges it; see vit22b/ring.py.
     overlap: bool = False
-    attention: str = "auto"  # 'auto', 'xla', 'cudnn'
+    attention: str = "auto"  # 'xla', 'cudnn', 'pallas'; 'auto': the last of these that applies
     kernels: str = "auto"  # of norms and activations: 'pallas' (vit22b/kernels), 'xla', 'auto': pallas on a GPU
     remat: str = "none"  # recomputed in the backward pass: 'none', 'full', 'dots', 'attention'; see model.REMAT
     scan_unroll: int = 1  # layers per iteration of the scan; >= depth: no loop at all
@@ -147,7 +147,7 @@ class ModelConfig:
         check_choice("model.init", self.init, ("xavier", "truncated_normal", "mimetic"))
         check_choice("model.remat", self.remat, ("none", "full", "dots", "attention"))
         check_choice("model.matmul", self.matmul, ("bf16", "fp32", "fp8"))
-        check_choice("model.attention", self.attention, ("auto", "xla", "cudnn"))
+        check_choice("model.attention", self.attention, ("auto", "xla", "cudnn", "pallas"))
         check_choice("model.kernels", self.kernels, ("auto", "xla", "pallas"))
         check(
             self.width % self.num_heads == 0,
@@ -176,9 +176,9 @@ class ModelConfig:
             "saves nothing of matmuls in rings (model.overlap=true); choose one of none, full, attention",
         )
         check(
-            self.matmul != "fp32" or self.attention != "cudnn",
+            self.matmul != "fp32" or self.attention not in ("cudnn", "pallas"),
             "model.attention",
-            "'cudnn'",
+            f"'{self.attention}'",
             "needs model.matmul='bf16' or 'fp8'",
         )
         check(

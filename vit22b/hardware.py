@@ -88,6 +88,11 @@ def runs_triton(device: "jax.Device") -> bool:
     return device.platform == "gpu" and compute_capability(device) >= (8, 0)
 
 
+def is_hopper(device: "jax.Device") -> bool:
+    """Whether the device is an H100, H200 or GH200, whose own instructions the attention kernel is written in."""
+    return device.platform == "gpu" and compute_capability(device) == (9, 0)
+
+
 def compute_capability(device: "jax.Device") -> tuple[int, int]:
     """Of an NVIDIA GPU; (0, 0) of anything else."""
     version = re.fullmatch(r"(\d+)\.(\d+)", getattr(device, "compute_capability", ""))

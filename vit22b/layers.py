@@ -19,8 +19,8 @@ from jax.sharding import reshard
 from vit22b import fp8, init
 from vit22b.activations import ACTIVATIONS, STEEPEST
 from vit22b.config import ModelConfig
-from vit22b.hardware import runs_triton
-from vit22b.kernels import activations, norms
+from vit22b.hardware import is_hopper, runs_triton
+from vit22b.kernels import activations, attention, norms
 from vit22b.kernels.tiles import fits
 from vit22b.linear import KERNEL_IN, KERNEL_OUT, column_parallel, read_as, row_parallel
 from vit22b.sharding import HEADS, HIDDEN, SPLIT
@@ -181,19 +181,32 @@ class Attention(Branch):
 def dot_product_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Array, implementation: str) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v per head, softmax in fp32; heads and batch stay where they are.
 
-    `implementation`: 'xla', 'cudnn' (fused; bf16, H a multiple of 8, even lengths), or 'auto': cuDNN on a GPU where
-    it applies. Attention pooling's single query goes to XLA, whatever is asked for.
+    `implementation`: 'xla'; 'cudnn' (fused; bf16, H a multiple of 8, even lengths); 'pallas' (kernels/attention.py;
+    Hopper, bf16, at most 256 tokens); 'auto': the last of these that applies. Attention pooling's single query goes to
+    XLA, whatever is asked for.
     """
-    head_dim, lengths = q_BTNH.shape[-1], (q_BTNH.shape[1], k_BSNH.shape[1])
-    if implementation == "auto":
-        even = all(length % 2 == 0 for length in lengths)  # cuDNN under JAX 0.11 cannot differentiate odd ones
-        fits = q_BTNH.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and even
-        implementation = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
-    elif lengths[0] == 1:
+    if q_BTNH.shape[1] == 1:
         implementation = "xla"
-    attend = functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    elif implementation == "auto":
+        implementation = fastest_attention(q_BTNH)
+    attend = (
+        attention.attention
+        if implementation == "pallas"
+        else functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+    )
     # cuDNN's custom partitioning does not know Explicit axes; within shard_map there is nothing to partition.
     return jax.shard_map(attend, in_specs=(HEADS,) * 3, out_specs=HEADS, check_vma=False)(q_BTNH, k_BSNH, v_BSNH)
+
+
+def fastest_attention(q_BTNH: jax.Array) -> str:
+    """The implementation for queries, keys and values of one shape on the devices here."""
+    _, length, _, head_dim = q_BTNH.shape
+    shape = jax.typeof(q_BTNH).sharding.shard_shape(q_BTNH.shape)
+    if is_hopper(jax.devices()[0]) and attention.fits(shape, q_BTNH.dtype):
+        return "pallas"
+    # cuDNN under JAX 0.11 cannot differentiate odd lengths.
+    fits_cudnn = q_BTNH.dtype == jnp.bfloat16 and head_dim % 8 == 0 and head_dim <= 128 and length % 2 == 0
+    return "cudnn" if fits_cudnn and jax.default_backend() == "gpu" else "xla"
 
 
 def rotate(x_BTNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array) -> jax.Array:

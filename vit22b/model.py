@@ -243,7 +243,7 @@ def unstack(tree, count: int) -> list:
     """
     leaves, treedef = jax.tree.flatten(tree)
     slices = [[part.squeeze(0) for part in jax.lax.split(leaf, [1] * count)] for leaf in leaves]
-    return [treedef.unflatten(each) for each in zip(*slices, strict=True)] if leaves else [tree] * count
+    return [jax.tree.unflatten(treedef, each) for each in zip(*slices, strict=True)] if leaves else [tree] * count
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> jax.Array:
