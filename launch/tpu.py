@@ -61,8 +61,8 @@ def check_attention_kernel(config: ModelConfig, device: jax.Device) -> None:
         is_hopper(device) and attention.fits((1, config.num_tokens, 1, config.head_dim)),
         "model.attention",
         "'pallas'",
-        f"needs an NVIDIA H100 or H200, at most {attention.MAX_LENGTH} tokens in heads of at most 64 (up to 128 for at "
-        f"most 128 tokens), and JAX 0.11; here: {found}; use 'auto'",
+        f"needs an NVIDIA H100 or H200, at most {attention.MAX_LENGTH} tokens in heads of at most "
+        f"{attention.MAX_HEAD_DIM}, and JAX 0.11; here: {found}; use 'auto'",
     )
 
 

@@ -20,7 +20,7 @@ from vit22b.names import named_leaves
 from vit22b.report import Reporter, read_metrics
 from vit22b.sharding import concrete, make_mesh
 from vit22b.train import evaluate
-from vit22b.workdir import open_workdir
+from vit22b.workdir import open_workdir, version
 
 DEVICES = jax.devices()
 
@@ -121,6 +121,12 @@ def test_checkpoints_name_their_arrays_by_path_and_hold_the_data_position(finish
     assert {"step", "model/blocks/attention/query", "ema/head_kernel", "model/map_head/probe"} <= keys
     position = json.loads(next((folder / "data").glob("*")).read_text())
     assert position == {"next_example": 6 * 48, "seed": 0}
+
+
+def test_a_package_that_is_not_installed_has_no_version() -> None:
+    """A run that reads no TFDS need not have it."""
+    assert version("jax") == jax.__version__
+    assert version("no-such-package-of-anybody") is None
 
 
 def test_the_work_directory_holds_what_the_run_was_and_did(finished):

@@ -61,10 +61,18 @@ def describe_start() -> dict[str, object]:
         "command": sys.argv,
         **git_commit(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES},
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
     }
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None of one that is not, as one may be that a run does without."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def git_commit() -> dict[str, object]:
