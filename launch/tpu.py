@@ -61,8 +61,8 @@ def check_attention_kernel(config: ModelConfig, device: jax.Device) -> None:
         is_hopper(device) and attention.fits((1, config.num_tokens, 1, config.head_dim)),
         "model.attention",
         "'pallas'",
-        f"needs an NVIDIA H100 or H200, at most {attention.MAX_LENGTH} tokens in heads of at most "
-        f"{attention.MAX_HEAD_DIM}, and JAX 0.11; here: {found}; use 'auto'",
+        f"needs an NVIDIA H100 or H200, {attention.LENGTHS.start} to {attention.LENGTHS.stop - 1} tokens in heads of "
+        f"{attention.HEAD_DIM}, and JAX 0.11; here: {found}; use 'auto'",
     )
 
 

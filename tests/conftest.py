@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -19,11 +20,11 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 
 from vit22b.config import DataConfig, ModelConfig, Recipe
 from vit22b.model import ViT
-from vit22b.sharding import BATCH, make_mesh
+from vit22b.sharding import AXES, BATCH, make_mesh
 from vit22b.step import init_state, loss_and_gradients
 
 # A device that has reached a collective holds a thread until all the others have. Dispatched asynchronously,
@@ -75,3 +76,13 @@ def loss_and_named_gradients(config: ModelConfig, shape: tuple[int, int, int], m
         placed = {name: jax.device_put(x, NamedSharding(m, BATCH)) for name, x in batch.items()}
         loss, gradients = jax.jit(functools.partial(loss_and_gradients, recipe))(model, placed, jax.random.key(0))
         return float(loss), {name: np.asarray(leaf) for name, leaf in named(gradients).items()}
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    """A context in which functions are lowered as for a GPU; none takes part."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    platform = {"platform": "gpu"} if "platform" in inspect.signature(AbstractDevice).parameters else {}
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, **platform)
+    types = (AxisType.Explicit,) * len(AXES)
+    mesh = AbstractMesh((1,) * len(AXES), AXES, axis_types=types, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)

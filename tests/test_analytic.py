@@ -54,7 +54,8 @@ def test_recorded_steps_are_predicted_within_6_percent_in_time_and_11_in_memory(
 
 @pytest.mark.parametrize("row", BENCHED, ids=[f"{row['recipe']}, {row['batch_size']}" for row in BENCHED])
 def test_benchmarks_are_predicted_as_well(row: dict) -> None:
-    given = parse(["x", *[str(ROOT / a) if a.startswith("recipes/") else a for a in row["arguments"]]])[0]
+    config = [str(ROOT / a) for a in row["arguments"] if a.startswith("recipes/")]
+    given = parse(["x", "--config", *config, *(a for a in row["arguments"] if a.startswith("--config."))])[0]
     found = estimate(given, H200, tuple(row["mesh"].values()), devices_per_node=8)
     assert 1e3 * found.step_s == pytest.approx(row["step_ms"], rel=0.06)
     assert sum(found.memory.values()) / 2**30 == pytest.approx(row["peak_gib"], rel=0.11)

@@ -1,13 +1,14 @@
 """The attention kernel, interpreted, against NumPy in float64; and where it is chosen."""
 
+import re
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MeshFactory
-from jax.sharding import NamedSharding
+from conftest import MeshFactory, on_a_gpu
+from jax.sharding import NamedSharding, get_abstract_mesh
 
 from vit22b import layers
 from vit22b.kernels import attention as kernel
@@ -65,15 +66,33 @@ def test_large_scores(monkeypatch):
 
 
 @needs_kernel
-@pytest.mark.parametrize("shape", [(256, 196, 16, 64), (1, 256, 1, 64), (1, 8, 1, 8)])
+@pytest.mark.parametrize("shape", [(256, 196, 16, 64), (1, 256, 1, 64), (1, 193, 1, 64)])
 def test_fits(shape):
     assert kernel.fits(shape)
     assert not kernel.fits(shape, jnp.float32)
 
 
-@pytest.mark.parametrize("shape", [(1, 257, 1, 64), (1, 256, 1, 72), (1, 64, 1, 60), (1, 7, 1, 64)])
+@pytest.mark.parametrize("shape", [(1, 257, 1, 64), (1, 256, 1, 72), (1, 192, 1, 64)])
 def test_does_not_fit(shape):
     assert not kernel.fits(shape)
+
+
+@needs_kernel
+def test_layers_share_the_kernels_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a GPU; a kernel per layer would take seconds of compilation each."""
+
+    def three_layers(x):
+        for _ in range(3):
+            x = layers.dot_product_attention(x, x, x, "pallas")
+        return jnp.sum(x.astype(jnp.float32))
+
+    with on_a_gpu(monkeypatch):
+        # No other test's shape: what is traced for a GPU is kept.
+        x = jax.ShapeDtypeStruct((3, 72, 5, 64), jnp.bfloat16, sharding=NamedSharding(get_abstract_mesh(), HEADS))
+        text = jax.jit(jax.grad(three_layers)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    hashes = re.findall(r'kernel_hash = "[^"]*"', text)
+    assert len(set(hashes)) == 2  # forward, backward
+    assert text.count("call @mosaic_gpu") == len(hashes)
 
 
 def device(capability: str) -> SimpleNamespace:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import math
 import subprocess
 import sys
@@ -14,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MeshFactory, loss_and_named_gradients
-from jax.sharding import AbstractDevice, AbstractMesh
+from conftest import MeshFactory, loss_and_named_gradients, on_a_gpu
 
 from vit22b.config import DataConfig, ModelConfig, Recipe
 from vit22b.hardware import runs_triton
@@ -178,14 +176,6 @@ def test_kernels_are_in_the_program_where_they_are_asked_for(mesh: MeshFactory) 
 def test_kernels_are_for_gpus_that_run_triton(platform: str, capability: str, expected: bool) -> None:
     device = SimpleNamespace(platform=platform, compute_capability=capability)
     assert runs_triton(device) == expected
-
-
-def on_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    """A context in which functions are lowered as for a GPU; none takes part."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    platform = {"platform": "gpu"} if "platform" in inspect.signature(AbstractDevice).parameters else {}
-    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, **platform)
-    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
 
 
 def lower_for_a_gpu(monkeypatch: pytest.MonkeyPatch, fn: Callable, *shapes: jax.ShapeDtypeStruct) -> str:

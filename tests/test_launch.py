@@ -77,7 +77,7 @@ def test_workdir_is_given_by_a_flag():
         (["--config.model.attention=cudnn", "--config.model.matmul=bf16"], "model.attention='cudnn': needs a GPU"),
         (
             ["--config.model.attention=pallas", "--config.model.matmul=bf16"],
-            "model.attention='pallas': needs an NVIDIA H100 or H200, at most 256 tokens in heads of at most 64",
+            "model.attention='pallas': needs an NVIDIA H100 or H200, 193 to 256 tokens in heads of 64",
         ),
         (["--config.model.width=3000000001"], "model.num_heads=3: must divide model.width=3000000001"),
         (["--config.batch_size=100"], "batch_size=100: must be a multiple of 8 = mesh.replica=1 x mesh.data=8"),

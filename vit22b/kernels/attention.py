@@ -17,8 +17,9 @@ from vit22b.kernels import hopper
 from vit22b.kernels.attention_backward import backward
 from vit22b.kernels.hopper import BLOCK, LOG2_E
 
-MAX_LENGTH = 256
-MAX_HEAD_DIM = hopper.WIDTH
+# What was run on a GPU. The kernels are written for fewer tokens and narrower heads, too, and interpreted with them.
+LENGTHS = range(193, 257)
+HEAD_DIM = 64
 CHUNK = 128  # keys whose scores a warpgroup holds at once, first
 LATER_CHUNK = 64  # and then, when it holds sums of values, too
 
@@ -48,8 +49,7 @@ attention.defvjp(_attention_forward, _attention_backward)
 def fits(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> bool:
     """Whether `attention` takes queries of this shape (B, T, N, H), and runs under this JAX."""
     _, length, _, head_dim = shape
-    sizes_fit = 8 <= length <= MAX_LENGTH and 8 <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
-    return hopper.AVAILABLE and dtype == jnp.bfloat16 and sizes_fit
+    return hopper.AVAILABLE and dtype == jnp.bfloat16 and length in LENGTHS and head_dim == HEAD_DIM
 
 
 def _masked(scores: jax.Array, length: int) -> jax.Array:
@@ -173,6 +173,7 @@ def _forward_kernel(
         pl.when(turns > 1)(lambda: plgpu.barrier_wait(free_barrier.at[lax.rem(turns, jnp.int32(2))]))
 
 
+@jax.jit  # traced once for all layers: kernels are compiled, for seconds, once for all that are the same to the letter
 def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Attention and, for `backward`, the base-2 logarithm of the sum of exponentials of scores, (B N, T rounded up)."""
     batch, length, num_heads, _ = q.shape

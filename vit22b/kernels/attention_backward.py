@@ -234,6 +234,7 @@ def _group(
     plgpu.wait_smem_to_gmem(0)
 
 
+@jax.jit  # as `attention.forward`
 def backward(
     q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, lse: jax.Array, grad: jax.Array
 ) -> list[jax.Array]:
