@@ -182,8 +182,8 @@ def dot_product_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Arra
     """softmax(q k^T / sqrt(H)) v per head, softmax in fp32; heads and batch stay where they are.
 
     `implementation`: 'xla'; 'cudnn' (fused; bf16, H a multiple of 8, even lengths); 'pallas' (kernels/attention.py;
-    Hopper, bf16, 193 to 256 tokens, H 64); 'auto': the last of these that applies. Attention pooling's single query goes to
-    XLA, whatever is asked for.
+    Hopper, bf16, 193 to 256 tokens, H 64); 'auto': the last of these that applies. Attention pooling's single query
+    goes to XLA, whatever is asked for.
     """
     if q_BTNH.shape[1] == 1:
         implementation = "xla"
