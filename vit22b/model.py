@@ -5,7 +5,6 @@ Letters as in layers.py, and: C classes, L layers, I pixels of a patch. A model 
 """
 
 import dataclasses
-import functools
 import math
 from typing import NamedTuple
 
@@ -104,7 +103,8 @@ class MAPHead(nnx.Module):
             hidden = attention.hidden(projected, rope=None)
         y_B1D = row_parallel([hidden], [attention.out[...]], [region], self.config, False)
         y_B1D = add_bias(y_B1D, attention.out_bias)
-        return functools.reduce(jnp.add, apply_branches(self.norm, [self.mlp], y_B1D, None, self.config))[:, 0]
+        y_B1D, more_B1D = apply_branches(self.norm, [self.mlp], y_B1D, None, self.config)
+        return (y_B1D + more_B1D)[:, 0]
 
 
 class ViT(nnx.Module):
@@ -243,7 +243,7 @@ def unstack(tree, count: int) -> list:
     """
     leaves, treedef = jax.tree.flatten(tree)
     slices = [[part.squeeze(0) for part in jax.lax.split(leaf, [1] * count)] for leaf in leaves]
-    return [jax.tree.unflatten(treedef, each) for each in zip(*slices, strict=True)] if leaves else [tree] * count
+    return [jax.tree.unflatten(treedef, each) for each in zip(*slices, strict=True)]
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> jax.Array:

@@ -130,8 +130,8 @@ def global_norm(gradients, unrolled: bool) -> jax.Array:
     """The Euclidean norm of all gradients together, fp32 scalar.
 
     `unrolled`: layers do not run in a loop, so that a stack of their gradients exists as its parts alone; each is then
-    added up where it lies. XLA would find the place of every element among all parts: 13 ms instead of 2 for 2.7 G
-    parameters on an H200.
+    added up where it lies. XLA would find the place of every element among all parts: for 2.7 G parameters that took
+    13 ms on an H200, where this takes 2 on an H100.
     """
 
     def squares(path: tuple, gradient: jax.Array) -> jax.Array:
