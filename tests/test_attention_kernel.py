@@ -1,5 +1,6 @@
 """The attention kernel, interpreted, against NumPy in float64; and where it is chosen."""
 
+import functools
 import re
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ def expected(q, k, v, grad):
 @needs_kernel
 @pytest.mark.parametrize(
     ("length", "head_dim", "programs"),
-    [(196, 64, 1), (197, 40, 2), (100, 64, 4), (130, 56, 2), (8, 64, 1)],
+    [(196, 64, 1), (197, 40, 2), (100, 64, 4), (130, 56, 2), (8, 64, 1), (256, 72, 2), (196, 72, 1), (225, 88, 1)],
 )
 def test_matches_float64(length, head_dim, programs, monkeypatch):
     """Several heads per thread block, so that both slots of shared memory are used again."""
@@ -48,6 +49,20 @@ def test_matches_float64(length, head_dim, programs, monkeypatch):
     for found, right in zip((out, *back(grad)), wanted, strict=True):
         assert found.dtype == jnp.bfloat16
         assert np.linalg.norm(np.asarray(found, np.float64) - right) < 1e-2 * np.linalg.norm(right)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("length", "head_dim"), [(200, 64), (256, 72)])
+def test_barriers_order_accesses_of_shared_memory(
+    length: int, head_dim: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As far as the interpreter knows of any: to it, a matmul is done at once."""
+    monkeypatch.setattr(hopper, "PROGRAMS", 1)
+    monkeypatch.setattr(hopper, "InterpretGPUParams", functools.partial(hopper.InterpretGPUParams, detect_races=True))
+    x = jnp.ones((3, length, 1, head_dim), jnp.bfloat16)
+    out, back = jax.vjp(kernel.attention, x, x, x)
+    jax.block_until_ready(back(out))
+    assert "RACE DETECTED" not in capsys.readouterr().out
 
 
 @needs_kernel
@@ -66,19 +81,24 @@ def test_large_scores(monkeypatch):
 
 
 @needs_kernel
-@pytest.mark.parametrize("shape", [(256, 196, 16, 64), (1, 256, 1, 64), (1, 193, 1, 64)])
+@pytest.mark.parametrize(
+    "shape", [(256, 196, 16, 64), (1, 256, 1, 64), (1, 193, 1, 64), (1, 256, 1, 72), (1, 256, 1, 88)]
+)
 def test_fits(shape):
     assert kernel.fits(shape)
     assert not kernel.fits(shape, jnp.float32)
 
 
-@pytest.mark.parametrize("shape", [(1, 257, 1, 64), (1, 256, 1, 72), (1, 192, 1, 64)])
+@pytest.mark.parametrize("shape", [(1, 257, 1, 64), (1, 256, 1, 80), (1, 192, 1, 64), (1, 192, 1, 72)])
 def test_does_not_fit(shape):
     assert not kernel.fits(shape)
 
 
 @needs_kernel
-def test_layers_share_the_kernels_that_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("length", "head_dim"), [(72, 64), (200, 72), (256, 88)])
+def test_layers_share_the_kernels_that_are_compiled(
+    length: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For a GPU; a kernel per layer would take seconds of compilation each."""
 
     def three_layers(x):
@@ -88,7 +108,9 @@ def test_layers_share_the_kernels_that_are_compiled(monkeypatch: pytest.MonkeyPa
 
     with on_a_gpu(monkeypatch):
         # No other test's shape: what is traced for a GPU is kept.
-        x = jax.ShapeDtypeStruct((3, 72, 5, 64), jnp.bfloat16, sharding=NamedSharding(get_abstract_mesh(), HEADS))
+        x = jax.ShapeDtypeStruct(
+            (3, length, 5, head_dim), jnp.bfloat16, sharding=NamedSharding(get_abstract_mesh(), HEADS)
+        )
         text = jax.jit(jax.grad(three_layers)).trace(x).lower(lowering_platforms=("cuda",)).as_text()
     hashes = re.findall(r'kernel_hash = "[^"]*"', text)
     assert len(set(hashes)) == 2  # forward, backward
@@ -104,6 +126,8 @@ def device(capability: str) -> SimpleNamespace:
     [
         ("9.0", (2, 196, 4, 64), "bfloat16", "pallas"),
         ("9.0", (2, 197, 4, 64), "bfloat16", "pallas"),
+        ("9.0", (2, 256, 4, 72), "bfloat16", "pallas"),
+        ("9.0", (2, 256, 4, 80), "bfloat16", "cudnn"),
         ("9.0", (2, 576, 4, 64), "bfloat16", "cudnn"),
         ("9.0", (2, 577, 4, 64), "bfloat16", "xla"),
         ("9.0", (2, 256, 4, 128), "bfloat16", "cudnn"),

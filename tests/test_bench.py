@@ -188,6 +188,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
         ("loop_add", "word", "other", "elementwise"),  # nor is what only begins like one
         ("cudnn_generated_fort_native_sdpa", "fused_attention", "attention", "attention"),
         ("attention_backward", "fused_attention", "attention", "attention"),
+        ("attention_wide_forward", "fused_attention", "attention", "attention"),
         ("ncclDevKernel_AllGather", "gathered", "communication", "communication"),
         ("all-gather-start", "gathered", "communication", "communication"),
         ("ncclDevKernel_Broadcast", "", "communication", "communication"),

@@ -126,7 +126,9 @@ def test_every_matrix_of_the_body_is_split_over_data_and_model(placed: ViT) -> N
         shards = {shard.data.shape for shard in leaf.addressable_shards}
         rows, columns = leaf.shape[-2:] if leaf.ndim > 1 else (None, None)
         if name.startswith(("blocks", "map_head")) and name.endswith(("query", "key", "value", "up", "out")):
-            expected = (*leaf.shape[:-2], rows // 2, columns // 2)
+            # What leads back is split over both axes by rows, so that gradients need not be transposed.
+            parts = (4, 1) if name.endswith("out") else (2, 2)
+            expected = (*leaf.shape[:-2], rows // parts[0], columns // parts[1])
             assert len({str(shard.index) for shard in leaf.addressable_shards}) == 4  # and replicated twice
         elif name in ("patch_kernel", "position"):
             expected = (rows, columns // 2)
@@ -135,6 +137,15 @@ def test_every_matrix_of_the_body_is_split_over_data_and_model(placed: ViT) -> N
         else:  # vectors and tokens
             expected = leaf.shape
         assert shards == {expected}, name
+
+
+@pytest.mark.parametrize("changes", [{"mlp_dim": 132}, {"overlap": True}])
+def test_rows_that_cannot_be_divided_and_rings_have_columns_split_over_data(changes: dict, mesh: MeshFactory) -> None:
+    """132 rows over 2 x 4 devices."""
+    with mesh(1, 4, 2):
+        out = named(abstract_model(dataclasses.replace(MODEL, **changes)))["blocks/mlp/out"]
+    depth, rows, columns = out.shape
+    assert out.sharding.shard_shape(out.shape) == (depth, rows // 2, columns // 4)
 
 
 def test_an_abstract_mesh_gives_the_shapes_dtypes_and_specs_of_the_real_one(placed: ViT, mesh: MeshFactory) -> None:

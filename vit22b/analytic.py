@@ -23,6 +23,8 @@ from vit22b.memory import state_memory
 MATMUL_EFFICIENCY = 0.73
 ATTENTION_EFFICIENCY = 0.23  # of peak; in cuDNN's kernels, at 256 tokens
 BANDWIDTH_EFFICIENCY = 0.52
+# Layers unrolled, which do without a loop's copies: fitted to the rows of recipes/bench.py in benchmarks/h200.jsonl.
+UNROLLED_BANDWIDTH_EFFICIENCY = 0.7
 # Two H200s, tensor parallel without overlap; b_tp_plain alone would have 0.97, w_tp_plain 0.47.
 LINK_EFFICIENCY = 0.7
 # TPUs: of a ring's hops, what the compiled order of instructions left exposed in ViT-22B on 1,024 v4 chips, whose model
@@ -215,7 +217,8 @@ def _compute(recipe: Recipe, chip: Chip, layer: Layer, state: dict[str, int]) ->
     moved += (4 + 2 * (optim.name == "adafactor")) * state["parameters"] + 2 * state["optimizer"]
 
     slow = FP32_SLOWDOWN if config.matmul == "fp32" else 1.0
-    rates = (1.0, 1.0, 1.0) if is_tpu(chip) else (MATMUL_EFFICIENCY, ATTENTION_EFFICIENCY, BANDWIDTH_EFFICIENCY)
+    from_memory = UNROLLED_BANDWIDTH_EFFICIENCY if config.unrolled else BANDWIDTH_EFFICIENCY
+    rates = (1.0, 1.0, 1.0) if is_tpu(chip) else (MATMUL_EFFICIENCY, ATTENTION_EFFICIENCY, from_memory)
     seconds = slow * (dense / rates[0] + attention / rates[1]) / chip.peak_flops
     return dense + attention, seconds + moved / (rates[2] * chip.memory_bandwidth)
 

@@ -39,7 +39,7 @@ from jax.sharding import reshard
 from vit22b.activations import ACTIVATIONS, STEEPEST
 from vit22b.kernels import activations as kernels
 from vit22b.kernels.tiles import fits
-from vit22b.sharding import BATCH, HIDDEN, RESIDUAL, SPLIT, TRANSPOSED
+from vit22b.sharding import BATCH, COLUMN, HIDDEN, RESIDUAL, ROW, SPLIT, TRANSPOSED
 
 FORWARD = jnp.float8_e4m3fn
 BACKWARD = jnp.float8_e5m2
@@ -126,12 +126,12 @@ def total(terms: list[jax.Array]) -> jax.Array:
     return functools.reduce(lambda so_far, new: new + so_far, terms)
 
 
-# The three matmuls of a kernel that is split as `linear.KERNEL_IN` and of one that is split as `linear.KERNEL_OUT`.
+# The three matmuls of a kernel that is split as `linear.KERNEL_IN`, and of one that lies as `linear.kernel_out` says.
 
 
 def into(x: Quantized, w: Quantized) -> jax.Array:
     """(B, T, D) as RESIDUAL times (D, K): (B, T, K) as HIDDEN."""
-    y = product("btd,kd->btk", whole(x.values, 2), whole(w.transposed, 1), (x.scale, w.scale), HIDDEN)
+    y = product("btd,kd->btk", whole(x.values, 2), reshard(w.transposed, ROW), (x.scale, w.scale), HIDDEN)
     # Without the barrier XLA 0.11 makes GELU a part of the matmul, writing its input beside its output, and then fails
     # to compile: "RET_CHECK failure (thunk_emitter.cc) !has_aux_output"; it has that for bf16 matmuls alone.
     return jax.lax.optimization_barrier(y)
@@ -139,7 +139,7 @@ def into(x: Quantized, w: Quantized) -> jax.Array:
 
 def into_backward(x: Quantized, w: Quantized, dy: Quantized) -> tuple[jax.Array, jax.Array]:
     """Gradients of x, bf16, and w, fp32. Of `x` its transposed values are used, of `w` the others."""
-    dx = product("btk,dk->btd", dy.values, whole(w.values, 0), (dy.scale, w.scale), RESIDUAL)
+    dx = product("btk,dk->btd", dy.values, reshard(w.values, COLUMN), (dy.scale, w.scale), RESIDUAL)
     spec = jax.typeof(w.values).sharding.spec
     dw = product("dbt,kbt->dk", whole(x.transposed, 0), dy.transposed, (x.scale, dy.scale), spec)
     return dx, dw.astype(jnp.float32)
@@ -147,12 +147,12 @@ def into_backward(x: Quantized, w: Quantized, dy: Quantized) -> tuple[jax.Array,
 
 def back(x: Quantized, w: Quantized) -> jax.Array:
     """(B, T, K) as HIDDEN times (K, D): (B, T, D) as RESIDUAL."""
-    return product("btk,dk->btd", x.values, whole(w.transposed, 0), (x.scale, w.scale), RESIDUAL)
+    return product("btk,dk->btd", x.values, reshard(w.transposed, COLUMN), (x.scale, w.scale), RESIDUAL)
 
 
 def back_backward(x: Quantized, w: Quantized, dy: Quantized) -> tuple[jax.Array, jax.Array]:
     """Gradients of x, bf16, and w, fp32. Of `x` its transposed values are used, of `w` the others."""
-    dx = product("btd,kd->btk", whole(dy.values, 2), whole(w.values, 1), (dy.scale, w.scale), HIDDEN)
+    dx = product("btd,kd->btk", whole(dy.values, 2), reshard(w.values, ROW), (dy.scale, w.scale), HIDDEN)
     spec = jax.typeof(w.values).sharding.spec
     dw = product("kbt,dbt->kd", x.transposed, whole(dy.transposed, 0), (x.scale, dy.scale), spec)
     return dx, dw.astype(jnp.float32)
@@ -193,7 +193,7 @@ column.defvjp(_column_forward, _column_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def row(inputs: list[jax.Array], kernels: list[jax.Array], regions: tuple[str, ...], pallas: bool) -> jax.Array:
-    """The sum over pairs of `x @ w`: bf16 (B, T, K) as HIDDEN and fp32 (K, D), split as `linear.KERNEL_OUT`, give
+    """The sum over pairs of `x @ w`: bf16 (B, T, K) as HIDDEN and fp32 (K, D), split as `linear.kernel_out` says, give
     bf16 (B, T, D) as RESIDUAL. So are the gradients.
     """
     return _row_forward(inputs, kernels, regions, pallas)[0]

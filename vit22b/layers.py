@@ -22,7 +22,7 @@ from vit22b.config import ModelConfig
 from vit22b.hardware import is_hopper, runs_triton
 from vit22b.kernels import activations, attention, norms
 from vit22b.kernels.tiles import fits
-from vit22b.linear import KERNEL_IN, KERNEL_OUT, column_parallel, read_as, row_parallel
+from vit22b.linear import KERNEL_IN, column_parallel, kernel_out, read_as, row_parallel
 from vit22b.sharding import HEADS, HIDDEN, SPLIT
 
 
@@ -138,7 +138,7 @@ class Attention(Branch):
     region = "attention"
 
     def __init__(self, config: ModelConfig, key: jax.Array, qk_norm: str, layer_scale: float):
-        width, specs = config.width, (KERNEL_IN, KERNEL_IN, KERNEL_IN, KERNEL_OUT)
+        width, specs = config.width, (KERNEL_IN, KERNEL_IN, KERNEL_IN, kernel_out(config.width, config))
         if config.init == "mimetic":
             key_qk, key_vo = jax.random.split(key)
             weights = [*init.mimetic_query_key(key_qk, width, config.num_heads), *init.mimetic_value_out(key_vo, width)]
@@ -182,7 +182,7 @@ def dot_product_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Arra
     """softmax(q k^T / sqrt(H)) v per head, softmax in fp32; heads and batch stay where they are.
 
     `implementation`: 'xla'; 'cudnn' (fused; bf16, H a multiple of 8, even lengths); 'pallas' (kernels/attention.py;
-    Hopper, bf16, 193 to 256 tokens, H 64); 'auto': the last of these that applies. Attention pooling's single query
+    Hopper, bf16, some H and up to 256 tokens); 'auto': the last of these that applies. Attention pooling's single query
     goes to XLA, whatever is asked for.
     """
     if q_BTNH.shape[1] == 1:
@@ -243,7 +243,7 @@ class MLP(Branch):
         width, hidden, gated = config.width, config.mlp_dim, config.mlp == "swiglu"
         self.gate = new_kernel(gate_key, (width, hidden), KERNEL_IN, config) if gated else None
         self.up = new_kernel(up_key, (width, hidden), KERNEL_IN, config)
-        self.out = new_kernel(out_key, (hidden, width), KERNEL_OUT, config)
+        self.out = new_kernel(out_key, (hidden, width), kernel_out(hidden, config), config)
         self.gate_bias = vector(hidden) if gated and config.mlp_bias else None
         self.up_bias = vector(hidden) if config.mlp_bias else None
         self.out_bias = vector(width) if config.mlp_bias else None

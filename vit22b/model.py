@@ -26,9 +26,9 @@ from vit22b.layers import (
     rope_angles,
     vector,
 )
-from vit22b.linear import COLUMN, column_parallel, row_parallel, sum_replicas_later
+from vit22b.linear import column_parallel, row_parallel, sum_replicas_later
 from vit22b.matmul import DTYPES, matmul
-from vit22b.sharding import BATCH, RESIDUAL
+from vit22b.sharding import BATCH, COLUMN, RESIDUAL
 
 # What a layer keeps for its backward pass; the rest is computed again.
 REMAT = {

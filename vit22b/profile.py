@@ -21,7 +21,7 @@ REGIONS = ("embed", "norm", "attention", "mlp", "head", "loss", "optimizer", "in
 LONGEST = 40  # kernels that are listed
 CONTAINERS = ("while", "call", "conditional")  # what they run has events of its own
 MATMUL_KERNEL = re.compile(r"nvjet|gemm|cutlass|xmma|__cublas|__onednn", re.IGNORECASE)
-ATTENTION_KERNEL = re.compile(r"cudnn|fmha|flash|attention_(for|back)ward", re.IGNORECASE)
+ATTENTION_KERNEL = re.compile(r"cudnn|fmha|flash|attention_(wide_)?(for|back)ward", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

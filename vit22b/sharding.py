@@ -23,6 +23,7 @@ RESIDUAL = P(("replica", "data"), None, "model")  # B T D
 HIDDEN = P(("replica", "data"), None, "model")  # B T F, and B T (N H)
 TRANSPOSED = P("model", ("replica", "data"), None)  # the same with the last dimension first
 SPLIT = P("model")  # F: a vector along the hidden dimension
+COLUMN, ROW = P(None, "model"), P("model", None)  # kernels, gathered over 'data' for use
 HEADS = P(("replica", "data"), None, "model", None)  # B T N H
 
 

@@ -1,7 +1,8 @@
 """Self-attention of short sequences, for Hopper.
 
 At most 256 tokens: a head's keys and values fit into shared memory as a whole. So the softmax of a row is found in at
-most three parts, and the backward pass adds up each gradient in registers, without atomics.
+most three parts, and the backward pass adds up each gradient in registers, without atomics. This is for heads of up to
+64 columns; see `attention_wide.py` for up to 96.
 """
 
 import math
@@ -13,15 +14,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from vit22b.kernels import hopper
+from vit22b.kernels import attention_wide, hopper, panels
 from vit22b.kernels.attention_backward import backward
 from vit22b.kernels.hopper import BLOCK, LOG2_E
 
-# What was run on a GPU. The kernels are written for fewer tokens and narrower heads, too, and interpreted with them.
-LENGTHS = range(193, 257)
-HEAD_DIM = 64
+# The numbers of tokens, by head dim, with which the kernels were run on a GPU. They are written for more, and
+# interpreted with more: for up to 256 tokens in heads of up to 64, and for 193 to 256 in heads of up to 96.
+LENGTHS = {64: range(193, 257), 72: range(256, 257), 88: range(256, 257)}
 CHUNK = 128  # keys whose scores a warpgroup holds at once, first
 LATER_CHUNK = 64  # and then, when it holds sums of values, too
+
+
+def _wide(q: jax.Array) -> bool:
+    return q.shape[-1] > hopper.WIDTH
 
 
 @jax.custom_vjp
@@ -30,17 +35,17 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     For the backward pass it keeps its arguments, its result and a number per query and head.
     """
-    return forward(q, k, v)[0]
+    return _attention_forward(q, k, v)[0]
 
 
 def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    out, lse = forward(q, k, v)
+    out, lse = (attention_wide.forward if _wide(q) else forward)(q, k, v)
     return out, (q, k, v, out, lse)
 
 
 def _attention_backward(kept: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
     q, k, v, out, lse = kept
-    return tuple(backward(q, k, v, out, lse, grad))
+    return tuple((attention_wide.backward if _wide(q) else backward)(q, k, v, out, lse, grad))
 
 
 attention.defvjp(_attention_forward, _attention_backward)
@@ -49,18 +54,8 @@ attention.defvjp(_attention_forward, _attention_backward)
 def fits(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> bool:
     """Whether `attention` takes queries of this shape (B, T, N, H), and runs under this JAX."""
     _, length, _, head_dim = shape
-    return hopper.AVAILABLE and dtype == jnp.bfloat16 and length in LENGTHS and head_dim == HEAD_DIM
-
-
-def _masked(scores: jax.Array, length: int) -> jax.Array:
-    """Scores of keys beyond the last one set to -inf. Only the last columns can hold such keys."""
-    rows, columns = scores.shape
-    if columns == length:
-        return scores
-    first = columns - 8
-    keys = first + plgpu.broadcasted_iota(jnp.int32, (rows, 8), 1, layout=plgpu.Layout.WGMMA)
-    tail = jnp.where(keys < length, scores[:, first:], -jnp.inf)
-    return jnp.concatenate([scores[:, :first], tail], axis=1) if first else tail
+    available = hopper.AVAILABLE if head_dim <= hopper.WIDTH else panels.AVAILABLE
+    return available and dtype == jnp.bfloat16 and length in LENGTHS.get(head_dim, ())
 
 
 def _chunks(keys: int) -> list[tuple[int, int]]:
@@ -126,7 +121,7 @@ def _forward_kernel(
         for start, columns in _chunks(keys):
             some_keys = hopper.turned(k_shared.at[slot, pl.ds(start, columns)])
             (scores,) = hopper.matmuls([(None, queries, some_keys)], interpret)
-            scores = _masked(scores, length - start)
+            scores = hopper.masked(scores, length - start)
             if not start:
 
                 @pl.when(head + step < heads)

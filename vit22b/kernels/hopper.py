@@ -136,6 +136,17 @@ def padded(x: jax.Array, columns: int) -> jax.Array:
     return jnp.concatenate([x, zeros((x.shape[0], columns - x.shape[1]), x.dtype)], axis=1)
 
 
+def masked(scores: jax.Array, length: int) -> jax.Array:
+    """Scores of keys beyond the last one set to -inf. Only the last columns can hold such keys."""
+    rows, columns = scores.shape
+    if columns == length:
+        return scores
+    first = columns - 8
+    keys = first + plgpu.broadcasted_iota(jnp.int32, (rows, 8), 1, layout=plgpu.Layout.WGMMA)
+    tail = jnp.where(keys < length, scores[:, first:], -jnp.inf)
+    return jnp.concatenate([scores[:, :first], tail], axis=1) if first else tail
+
+
 def opaque(counter: Any) -> Any:
     """0, unknown to the compiler, which moves what depends on it, such as descriptors of matrices, out of no loop.
 
