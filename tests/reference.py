@@ -41,7 +41,7 @@ def _one_image(config: ModelConfig, w: Weights, image: np.ndarray) -> Result:
     places = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
     patches = [image[p * r : p * (r + 1), p * c : p * (c + 1)].ravel() for r, c in places]
     x = np.stack(patches) @ w["patch_kernel"] + w["patch_bias"]
-    if config.position == "learned":
+    if config.position in ("learned", "learned_rope"):
         assert grid == (config.grid, config.grid)
         x = x + w["position"]
     if config.position == "sincos":
@@ -49,7 +49,7 @@ def _one_image(config: ModelConfig, w: Weights, image: np.ndarray) -> Result:
     num_prefix, turns = config.class_token + config.num_registers, None
     if num_prefix:
         x = np.concatenate([w["prefix"], x])
-    if config.position == "rope":
+    if config.position in ("rope", "learned_rope"):
         unturned = [np.ones(config.head_dim // 2)] * num_prefix
         turns = np.stack(unturned + [rope_turn(config, grid, place) for place in places])
 
@@ -57,13 +57,17 @@ def _one_image(config: ModelConfig, w: Weights, image: np.ndarray) -> Result:
     for i in range(config.depth):
         x = block(config, {name: value[i] for name, value in below(w, "blocks").items()}, x, turns)
         layers.append(x)
-    tokens = norm(config, below(w, "norm"), x)
+    tokens = norm(config, below(w, "norm"), x) if config.final_norm == "tokens" else x
     if config.pool == "cls":
         pooled = tokens[0]
+    if config.pool == "cls_gap":
+        pooled = np.concatenate([tokens[0], tokens[num_prefix:].mean(axis=0)])
     if config.pool == "gap":
         pooled = tokens[num_prefix:].mean(axis=0)
     if config.pool == "map":
         pooled = attention_pool(config, below(w, "map_head"), tokens)
+    if config.final_norm == "pooled":
+        pooled = norm(config, below(w, "norm"), pooled)
     return Result(pooled @ w["head_kernel"] + w["head_bias"], pooled, tokens, np.stack(layers))
 
 
@@ -136,6 +140,8 @@ def mlp(config: ModelConfig, w: Weights, x: np.ndarray) -> np.ndarray:
     if config.mlp == "swiglu":
         gate = x @ w["gate"] + bias["gate_bias"]
         hidden = gate / (1 + np.exp(-gate)) * up
+    if config.mlp_sub_norm:
+        hidden = norm(config, below(w, "sub_norm"), hidden)
     return hidden @ w["out"] + bias["out_bias"]
 
 
@@ -155,12 +161,15 @@ def sincos(width: int, row: int, column: int) -> np.ndarray:
 
 
 def rope_turn(config: ModelConfig, grid: tuple[int, int], place: tuple[int, int]) -> np.ndarray:
-    """DINOv3: the unit complex numbers (H/2,) by which a patch's pairs of dims turn: by its row, then by its column."""
+    """The unit complex numbers (H/2,) by which a patch's pairs of dims turn: by its row, then by its column.
+
+    DINOv3 turns by a patch's centre in [-1, 1], EVA-02 by its index in a grid of `rope_grid` rows and columns.
+    """
     angles = []
     for i, n in zip(place, grid, strict=True):
-        centre = (i + 0.5) / n * 2 - 1  # in [-1, 1]
+        turn = i / n * config.rope_grid if config.rope_grid else 2 * math.pi * ((i + 0.5) / n * 2 - 1)
         for j in range(config.head_dim // 4):
-            angles.append(2 * math.pi * centre / config.rope_base ** (2 * j / (config.head_dim / 2)))
+            angles.append(turn / config.rope_base ** (2 * j / (config.head_dim / 2)))
     return np.exp(1j * np.array(angles))
 
 

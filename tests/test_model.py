@@ -29,7 +29,8 @@ CONFIGS = {
     name: dataclasses.replace(TINY, **changes)
     for name, changes in {
         "vit22b": {},
-        "internvit": {"block": "sequential", "qk_norm": "width", "layer_scale": 0.1, **CLASS},
+        "internvit": {"block": "sequential", "qk_norm": "width", "layer_scale": 0.1, **CLASS}
+        | {"final_norm": "none"},
         "deit3": DEIT | CLASS | {"mlp": "gelu", "layer_scale": 0.1, "num_registers": 2},
         "dinov3": DEIT | {"mlp": "swiglu", "position": "rope", "class_token": True, "num_registers": 3, "pool": "gap"},
         "siglip": DEIT | {"position": "sincos", "num_registers": 1},
@@ -40,6 +41,10 @@ CONFIGS = {
             "position": "rope",
             "rope_base": 50.0,
         },
+        "eva02": DEIT
+        | {"mlp": "swiglu", "mlp_sub_norm": True, "position": "learned_rope", "rope_base": 20.0, "rope_grid": 5}
+        | {"class_token": True, "pool": "gap", "final_norm": "pooled", "position_resampling": "cubic_plain"},
+        "dinov2": DEIT | {"class_token": True, "num_registers": 1, "pool": "cls_gap", "position_resampling": "linear"},
         "mimetic": {"mlp": "gelu", "position": "sincos", "qkv_bias": True, "norm_bias": True, "pool": "gap"},
         "bag": {"norm": "layer", "norm_epsilon": 0.1, "qk_norm": "width", "proj_bias": True, "position": "none"},
     }.items()
@@ -82,7 +87,7 @@ def random_model(config: ModelConfig, mesh: Mesh) -> ViT:
 
 def random_images(config: ModelConfig, batch: int = 8) -> np.ndarray:
     """Of the native size for a table of positions; otherwise oblong, which tells rows from columns."""
-    sides = (config.image_size,) * 2 if config.position == "learned" else (8, 16)
+    sides = (config.image_size,) * 2 if config.learns_positions else (8, 16)
     return np.random.default_rng(1).normal(size=(batch, *sides, 3)).astype(np.float32)
 
 
@@ -129,8 +134,10 @@ def test_the_configurations_take_every_choice() -> None:
         "norm": ("rms", "layer"),
         "qk_norm": ("none", "head", "width"),
         "mlp": ("gelu", "gelu_tanh", "swiglu"),
-        "position": ("learned", "sincos", "rope", "none"),
-        "pool": ("map", "gap", "cls"),
+        "position": ("learned", "sincos", "rope", "learned_rope", "none"),
+        "position_resampling": ("cubic", "cubic_plain", "linear"),
+        "pool": ("map", "gap", "cls", "cls_gap"),
+        "final_norm": ("tokens", "pooled", "none"),
     }.items():
         assert taken.pop(name) == set(choices)
     for name, values in taken.items():  # switches and numbers: off and on, or the default and another
@@ -153,7 +160,7 @@ def test_forward_equals_the_reference(name: str, mesh: MeshFactory) -> None:
 def softmax_ignores(config: ModelConfig, name: str) -> bool:
     """A vector b added to all keys adds q.b to all scores of a query q. It matters if a norm or a rotation follows."""
     pooling = name.startswith("map_head")
-    turned = config.position == "rope" and not pooling
+    turned = config.rotates and not pooling
     normed = config.qk_norm != "none" and not pooling
     return not turned and (name.endswith("key_norm/bias") or (name.endswith("key_bias") and not normed))
 

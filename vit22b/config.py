@@ -80,12 +80,20 @@ class ModelConfig:
     proj_bias: bool = False  # attention output projection
     mlp: str = "gelu_tanh"  # 'gelu' (erf), 'gelu_tanh', 'swiglu' (mlp_dim is its hidden width)
     mlp_bias: bool = True
+    mlp_sub_norm: bool = False  # a norm of the MLP's hidden layer before it is projected back [Fang 2023, EVA-02]
     layer_scale: float = 0.0  # initial value of LayerScale [Touvron 2021]; 0: absent
-    position: str = "learned"  # 'learned', 'sincos', 'rope' (2-D axial, DINOv3's form), 'none'
+    position: str = "learned"  # 'learned', 'sincos', 'rope' (2-D axial), 'learned_rope' (both), 'none'
+    # Learned positions on another grid: 'cubic', antialiased; 'cubic_plain': as PyTorch does by default, not
+    # antialiased and steeper (-0.75); 'linear', antialiased.
+    position_resampling: str = "cubic"
     rope_base: float = 100.0
+    # 0: rotations by patch centres in [-1, 1] (DINOv3). N: by patch indices, as if rows and columns were N (EVA-02).
+    rope_grid: int = 0
     class_token: bool = False
     num_registers: int = 0  # [Darcet 2024]
-    pool: str = "map"  # 'map': attention pooling [Zhai 2022]; 'gap': mean of patches; 'cls'
+    # 'map': attention pooling [Zhai 2022]; 'gap': mean of patches; 'cls'; 'cls_gap': both, one behind the other
+    pool: str = "map"
+    final_norm: str = "tokens"  # 'tokens': before pooling; 'pooled': after it; 'none'
     stochastic_depth: float = 0.0  # drop rate of the last layer, rising linearly from 0
 
     init: str = "xavier"  # 'xavier' (as in big_vision), 'truncated_normal' (0.02), 'mimetic'
@@ -121,6 +129,20 @@ class ModelConfig:
         """Sequence length in the blocks: patches, class token, registers."""
         return self.grid**2 + self.class_token + self.num_registers
 
+    @property
+    def pooled_width(self) -> int:
+        """Inputs of the classifier."""
+        return 2 * self.width if self.pool == "cls_gap" else self.width
+
+    @property
+    def learns_positions(self) -> bool:
+        return self.position in ("learned", "learned_rope")
+
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys turn with their patch's place."""
+        return self.position in ("rope", "learned_rope")
+
     def validate(self) -> None:
         for name in (
             "width",
@@ -136,14 +158,17 @@ class ModelConfig:
         check(self.num_registers >= 0, "model.num_registers", self.num_registers, "must be 0 or more")
         check(self.norm_epsilon > 0, "model.norm_epsilon", self.norm_epsilon, "must be positive")
         check(self.rope_base > 0, "model.rope_base", self.rope_base, "must be positive")
+        check(self.rope_grid >= 0, "model.rope_grid", self.rope_grid, "must be 0 (patch centres) or a grid's side")
         check(self.layer_scale >= 0, "model.layer_scale", self.layer_scale, "must be 0 (off) or positive")
         check(0 <= self.stochastic_depth < 1, "model.stochastic_depth", self.stochastic_depth, "must be in [0, 1)")
         check_choice("model.block", self.block, ("parallel", "sequential"))
         check_choice("model.norm", self.norm, ("rms", "layer"))
         check_choice("model.qk_norm", self.qk_norm, ("none", "head", "width"))
         check_choice("model.mlp", self.mlp, ("gelu", "gelu_tanh", "swiglu"))
-        check_choice("model.position", self.position, ("learned", "sincos", "rope", "none"))
-        check_choice("model.pool", self.pool, ("map", "gap", "cls"))
+        check_choice("model.position", self.position, ("learned", "sincos", "rope", "learned_rope", "none"))
+        check_choice("model.position_resampling", self.position_resampling, ("cubic", "cubic_plain", "linear"))
+        check_choice("model.pool", self.pool, ("map", "gap", "cls", "cls_gap"))
+        check_choice("model.final_norm", self.final_norm, ("tokens", "pooled", "none"))
         check_choice("model.init", self.init, ("xavier", "truncated_normal", "mimetic"))
         check_choice("model.remat", self.remat, ("none", "full", "dots", "attention"))
         check_choice("model.matmul", self.matmul, ("bf16", "fp32", "fp8"))
@@ -158,10 +183,21 @@ class ModelConfig:
         p, s = self.patch_size, self.image_size
         around = " or ".join(str(n * p) for n in (s // p, s // p + 1) if n)
         check(s % p == 0, "model.image_size", s, f"must be a multiple of model.patch_size={p}; try {around}")
-        if self.position in ("sincos", "rope"):
+        if self.position == "sincos" or self.rotates:
             dim, what = (self.width, "width") if self.position == "sincos" else (self.head_dim, "head dim")
             check(dim % 4 == 0, "model.position", repr(self.position), f"needs a {what} divisible by 4, not {dim}")
-        check(self.class_token or self.pool != "cls", "model.pool", "'cls'", "needs --config.model.class_token=true")
+        check(
+            self.class_token or self.pool not in ("cls", "cls_gap"),
+            "model.pool",
+            repr(self.pool),
+            "needs --config.model.class_token=true",
+        )
+        check(
+            self.final_norm != "pooled" or self.pool in ("gap", "cls"),
+            "model.final_norm",
+            "'pooled'",
+            f"needs model.pool='gap' or 'cls', not {self.pool!r}",
+        )
         # The types of weights in rings are too new for JAX 0.10 to cut them up into several layers per iteration.
         check(
             not self.overlap or self.scan_unroll == 1 or self.scan_unroll >= self.depth,

@@ -21,7 +21,7 @@ def forward_flops(config: ModelConfig) -> int:
     embed = 2 * config.grid**2 * 3 * config.patch_size**2 * d
     # Attention pooling: keys and values of all tokens; query, output and MLP of one.
     pool = 2 * t * 2 * d * d + 2 * (2 * d * d + mlp) + 4 * t * d if config.pool == "map" else 0
-    return embed + config.depth * block + pool + 2 * d * config.num_classes
+    return embed + config.depth * block + pool + 2 * config.pooled_width * config.num_classes
 
 
 def train_flops(config: ModelConfig) -> int:

@@ -218,16 +218,21 @@ def rotate(x_BTNH: jax.Array, cos_TH: jax.Array, sin_TH: jax.Array) -> jax.Array
     return y.astype(x_BTNH.dtype)
 
 
-def rope_angles(grid: tuple[int, int], num_prefix: int, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, (T, H) fp32, of 2-D axial rotations as in DINOv3 [Simeoni 2025, section 3.2].
+def rope_angles(grid: tuple[int, int], num_prefix: int, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, (T, H) fp32, of 2-D axial rotations.
 
-    Patch centres lie in [-1, 1] along each axis; a quarter of the head's dims turns with the row and a
-    quarter with the column, with periods base^(2j / (H/2)). Prefix tokens are not turned.
+    A quarter of the head's dims turns with the row and a quarter with the column, with periods base^(2j / (H/2)).
+    Patch centres lie in [-1, 1] along each axis [Simeoni 2025, DINOv3, section 3.2]; or, with `config.rope_grid`, a
+    patch's index counts in radians, scaled to that grid [Fang 2023, EVA-02]. Prefix tokens are not turned.
     """
-    periods = base ** (2 * jnp.arange(head_dim // 4, dtype=jnp.float32) / (head_dim / 2))
-    rows, columns = (2 * (jnp.arange(n, dtype=jnp.float32) + 0.5) / n - 1 for n in grid)
-    centres = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
-    angles = 2 * math.pi * centres[:, :, None] / periods
+    head_dim, native = config.head_dim, config.rope_grid
+    periods = config.rope_base ** (2 * jnp.arange(head_dim // 4, dtype=jnp.float32) / (head_dim / 2))
+    if native:
+        rows, columns = (jnp.arange(n, dtype=jnp.float32) * (native / n) for n in grid)
+    else:
+        rows, columns = (2 * math.pi * (2 * (jnp.arange(n, dtype=jnp.float32) + 0.5) / n - 1) for n in grid)
+    places = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), axis=-1).reshape(-1, 2)
+    angles = places[:, :, None] / periods
     angles = jnp.tile(angles.reshape(-1, head_dim // 2), (1, 2))
     angles = jnp.pad(angles, ((num_prefix, 0), (0, 0)))
     return jnp.cos(angles), jnp.sin(angles)
@@ -247,6 +252,7 @@ class MLP(Branch):
         self.gate_bias = vector(hidden) if gated and config.mlp_bias else None
         self.up_bias = vector(hidden) if config.mlp_bias else None
         self.out_bias = vector(width) if config.mlp_bias else None
+        self.sub_norm = Norm(hidden, config) if config.mlp_sub_norm else None
         self.scale = vector(width, layer_scale) if layer_scale else None
         self.config = config
 
@@ -256,8 +262,10 @@ class MLP(Branch):
 
     def hidden(self, ys: list[jax.Array], rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
         if self.gate is None:
-            return self._activate(ys[0], self.up_bias)
-        return self._activate(ys[0], self.gate_bias) * add_bias(ys[1], self.up_bias)
+            y = self._activate(ys[0], self.up_bias)
+        else:
+            y = self._activate(ys[0], self.gate_bias) * add_bias(ys[1], self.up_bias)
+        return y if self.sub_norm is None else self.sub_norm(y)
 
     def _activate(self, x_BTF: jax.Array, bias: nnx.Param | None) -> jax.Array:
         """The activation of x + bias."""
@@ -271,7 +279,7 @@ class MLP(Branch):
 
     @property
     def fits_fp8(self) -> bool:
-        return self.gate is None and self.config.mlp in STEEPEST
+        return self.gate is None and self.sub_norm is None and self.config.mlp in STEEPEST
 
     def in_fp8(self, x_BTD: jax.Array, length: jax.Array) -> jax.Array:
         bias, pallas = hidden_bias(self.up_bias, self.up.shape[-1]), wants_kernels(self.config)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
@@ -43,8 +44,8 @@ class Output(NamedTuple):
     """What a forward pass gives. Whatever a jitted caller does not use is not computed."""
 
     logits: jax.Array  # B C, fp32
-    pooled: jax.Array  # B D, fp32: the classifier's input
-    tokens: jax.Array  # B T D: after the final norm; class token and registers first
+    pooled: jax.Array  # B D, fp32: the classifier's input; B 2D where class token and mean of patches are both pooled
+    tokens: jax.Array  # B T D: after the final norm, where that comes before pooling; class token and registers first
     layers: jax.Array | None  # R B T D: the residual stream after each requested layer
 
 
@@ -118,20 +119,20 @@ class ViT(nnx.Module):
             init.truncated_normal(patch_key, (num_inputs, width), COLUMN, 1 / math.sqrt(num_inputs))
         )
         self.patch_bias = vector(width)
-        learned = config.position == "learned"
         self.position = (
             nnx.Param(init.normal(position_key, (config.grid**2, width), COLUMN, 1 / math.sqrt(width)))
-            if learned
+            if config.learns_positions
             else None
         )
         num_prefix = config.class_token + config.num_registers
         self.prefix = nnx.Param(init.normal(token_key, (num_prefix, width), P(), 0.02)) if num_prefix else None
         # One block after another, since mimetic initialization takes a full SVD per head.
         self.blocks = jax.lax.map(lambda k: Block(config, k), jax.random.split(block_key, config.depth))
-        self.norm = Norm(width, config)
+        self.norm = None if config.final_norm == "none" else Norm(width, config)
         self.map_head = MAPHead(config, pool_key) if config.pool == "map" else None
         # Not split over 'model': next to the blocks' work on all tokens, one product per image is nothing.
-        self.head_kernel = nnx.Param(jnp.zeros((width, config.num_classes), jnp.float32, out_sharding=P("data", None)))
+        shape = (config.pooled_width, config.num_classes)
+        self.head_kernel = nnx.Param(jnp.zeros(shape, jnp.float32, out_sharding=P("data", None)))
         self.head_bias = vector(config.num_classes, config.head_bias)
 
     def __call__(self, images: jax.Array, *, key: jax.Array | None = None, layers: tuple[int, ...] = ()) -> Output:
@@ -143,9 +144,11 @@ class ViT(nnx.Module):
             x_BTD, grid = self.embed(images)
         x_BTD, kept = self.run_blocks(x_BTD, grid, key, layers)
         with jax.named_scope("norm"):
-            tokens_BTD = self.norm(x_BTD)
+            tokens_BTD = self.norm(x_BTD) if self.norm is not None and self.config.final_norm == "tokens" else x_BTD
         with jax.named_scope("head"):
             pooled_BD = reshard(self.pool(tokens_BTD).astype(jnp.float32), BATCH)
+            if self.norm is not None and self.config.final_norm == "pooled":
+                pooled_BD = self.norm(pooled_BD)
             kernel_DC = reshard(self.head_kernel[...], P(None, None))
             logits_BC = matmul("bd,dc->bc", pooled_BD, kernel_DC, BATCH) + self.head_bias[...]
         return Output(logits_BC, pooled_BD, tokens_BTD, kept)
@@ -173,7 +176,7 @@ class ViT(nnx.Module):
         return x_BTD, grid
 
     def positions(self, grid: tuple[int, int]) -> jax.Array | None:
-        """What is added to patches, (T, D), for any grid: learned embeddings are resampled bicubically."""
+        """What is added to patches, (T, D), for any grid: learned embeddings are resampled."""
         config = self.config
         if config.position == "sincos":
             return sincos_positions(grid, config.width)
@@ -182,7 +185,7 @@ class ViT(nnx.Module):
         if grid == (config.grid, config.grid):
             return self.position[...]
         table = reshard(self.position[...], P()).reshape(config.grid, config.grid, config.width)
-        table = jax.image.resize(table, (*grid, config.width), "cubic", antialias=True)
+        table = resample(table, grid, config.position_resampling)
         return reshard(table.reshape(grid[0] * grid[1], config.width), COLUMN)
 
     def run_blocks(
@@ -193,7 +196,7 @@ class ViT(nnx.Module):
         if len(set(layers)) < len(layers) or not set(layers) <= set(range(depth)):
             raise ValueError(f"layers={layers}: give distinct numbers from 0 to {depth - 1}")
         num_prefix = x_BTD.shape[1] - grid[0] * grid[1]
-        rope = rope_angles(grid, num_prefix, config.head_dim, config.rope_base) if config.position == "rope" else None
+        rope = rope_angles(grid, num_prefix, config) if config.rotates else None
         rates = jnp.linspace(0, config.stochastic_depth, depth)
         keys = None if key is None or config.stochastic_depth == 0 else jax.random.split(key, depth)
         # Every layer writes its output into a slot of one buffer; those not asked for share the last slot.
@@ -226,13 +229,17 @@ class ViT(nnx.Module):
         return x_BTD, None if kept is None else kept[:-1]
 
     def pool(self, tokens_BTD: jax.Array) -> jax.Array:
-        """(B, T, D) to (B, D) by `config.pool`."""
+        """(B, T, D) to (B, D) by `config.pool`; (B, 2D) where that is two."""
         if self.map_head is not None:
             return self.map_head(tokens_BTD)
         if self.config.pool == "cls":
             return tokens_BTD[:, 0]
         num_prefix = 0 if self.prefix is None else self.prefix.shape[0]
-        return jnp.mean(tokens_BTD[:, num_prefix:].astype(jnp.float32), axis=1)
+        mean_BD = jnp.mean(tokens_BTD[:, num_prefix:].astype(jnp.float32), axis=1)
+        if self.config.pool == "gap":
+            return mean_BD
+        both = [reshard(x_BD, BATCH) for x_BD in (tokens_BTD[:, 0].astype(jnp.float32), mean_BD)]
+        return jnp.concatenate(both, axis=1)
 
 
 def unstack(tree, count: int) -> list:
@@ -244,6 +251,32 @@ def unstack(tree, count: int) -> list:
     leaves, treedef = jax.tree.flatten(tree)
     slices = [[part.squeeze(0) for part in jax.lax.split(leaf, [1] * count)] for leaf in leaves]
     return [jax.tree.unflatten(treedef, each) for each in zip(*slices, strict=True)]
+
+
+def resample(table: jax.Array, grid: tuple[int, int], method: str) -> jax.Array:
+    """Positions (rows, columns, D), replicated, on another grid; `method` as in `ModelConfig.position_resampling`."""
+    if method != "cubic_plain":
+        return jax.image.resize(table, (*grid, table.shape[2]), method, antialias=True)
+    rows, columns = (plain_cubic_weights(new, old) for new, old in zip(grid, table.shape[:2], strict=True))
+    return jnp.einsum("rh,cw,hwd->rcd", rows, columns, table, precision=jax.lax.Precision.HIGHEST)
+
+
+def plain_cubic_weights(new: int, old: int) -> np.ndarray:
+    """Cubic convolution [Keys 1981] with a = -0.75 along one axis: (new, old) fp32, borders repeated.
+
+    What torch.nn.functional.interpolate(mode='bicubic') computes; its samples are the four nearest, also where the
+    new grid is coarser.
+    """
+    a, weights = -0.75, np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        first = math.floor(centre) - 1
+        for j in range(first, first + 4):
+            x = abs(centre - j)
+            near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+            far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+            weights[i, min(max(j, 0), old - 1)] += near if x <= 1 else far
+    return weights.astype(np.float32)
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> jax.Array:
