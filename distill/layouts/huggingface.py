@@ -179,6 +179,8 @@ def dinov2_description(config: ModelConfig) -> dict[str, Any]:
     resampling = "cubic" if config.num_registers else "cubic_plain"
     if config.position_resampling != resampling:
         raise RecipeError(f"model.position_resampling={config.position_resampling!r}: {kind}'s is {resampling!r}")
+    if config.num_classes > 1 and config.pool != "cls_gap":
+        raise RecipeError(f"model.pool={config.pool!r}: {kind}'s classifier reads class token and mean, 'cls_gap'")
     if config.num_registers:
         name, kind = "Dinov2WithRegisters", "dinov2_with_registers"
     hidden = swiglu_hidden if config.mlp == "swiglu" else int

@@ -34,7 +34,7 @@ def block_rules(table: Table, block: str, names: dict[str, str]) -> None:
 
 
 def transformers_rules(config: ModelConfig, published: Published | None) -> list[Rule]:
-    table, d = Table(config, published), config.width
+    table = Table(config, published)
     at = root(published, "", "model.vision_tower.", "vision_tower.")
     table.add(at + "embeddings.patch_embeddings.projection.weight", "patch_kernel", CONVOLUTION)
     table.add(at + "embeddings.patch_embeddings.projection.bias", "patch_bias")
