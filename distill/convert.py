@@ -28,10 +28,12 @@ from distill.layouts.tables import (
     write,
 )
 from distill.tensors import open_tensors, write_npz, write_safetensors, write_sharded_safetensors
-from vit22b.config import ModelConfig, RecipeError
+from vit22b.checkpoint import Checkpoints
+from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
 from vit22b.model import ViT
 from vit22b.names import named_leaves
-from vit22b.sharding import concrete
+from vit22b.sharding import abstract_mesh, concrete
+from vit22b.workdir import open_workdir, read_recipe
 
 METADATA = "vit22b"  # key of our own configuration in a safetensors file that we wrote
 LIBRARIES = ("hf", "timm", "npz")
@@ -64,9 +66,7 @@ def open_source(spec: str, layout: str | None = None, overrides: dict[str, Any] 
         info = read_json(path.with_suffix(".json"))
     published = Published(info, {key: array.shape for key, array in tensors.arrays.items()})
     found = choose(library, published, layout)
-    arrays = {k: tensors.arrays[k] for k in published.shapes if not k.startswith(found.others)} if found.others else {
-        k: tensors.arrays[k] for k in published.shapes
-    }  # fmt: skip
+    arrays = {key: tensors.arrays[key] for key in published.shapes if not key.startswith(found.others)}
     published = Published(info, {key: published.shapes[key] for key in arrays})
     config = configuration(found, published, tensors.metadata, overrides or {})
     rules = checked_rules(found, config, published)
@@ -154,8 +154,6 @@ def abstract(config: ModelConfig) -> ViT:
 
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of our parameters by name, whatever mesh is in force or not."""
-    from vit22b.sharding import abstract_mesh
-
     with jax.sharding.use_abstract_mesh(abstract_mesh((1, 1, 1))):
         return {name: leaf.shape for name, leaf in named_leaves(abstract(config)).items()}
 
@@ -250,6 +248,34 @@ def save(
         write_safetensors(path, shapes, value, metadata)
         write_json(path.with_suffix(".json"), description)
     return layout
+
+
+def save_workdir(model: ViT, workdir: Path, name: str, data: Mapping[str, Any], origin: str) -> None:
+    """Writes the model as a run's folder does: recipe.json, and a checkpoint of step 0 without optimizer state.
+
+    `data`: fields of `DataConfig`; `origin` says in recipe.json where the weights come from. Raises `RecipeError` where
+    the folder holds anything.
+    """
+    if workdir.exists() and any(workdir.iterdir()):
+        raise RecipeError(f"{workdir}: is there already; nothing is overwritten")
+    recipe = Recipe(
+        name=name,
+        total_steps=1,
+        batch_size=get_mesh().size,
+        model=model.config,
+        data=DataConfig(**{"train": "synthetic", "validation": "synthetic"} | dict(data)),
+    )
+    recipe.validate()
+    open_workdir(workdir, recipe, {"weights": origin})
+    checkpoints = Checkpoints(workdir / "checkpoints", recipe)
+    checkpoints.save(0, {"model": model})
+    checkpoints.wait()
+
+
+def load_workdir(workdir: Path) -> tuple[ViT, Recipe]:
+    """The model of a run, or of converted weights, on the mesh in force."""
+    recipe = read_recipe(workdir)
+    return Checkpoints(workdir / "checkpoints", recipe).restore_model(concrete(abstract(recipe.model), get_mesh())), recipe
 
 
 def check_unplaced(rules: list[Rule], parameters: Mapping[str, jax.Array], layout: Layout) -> None:

@@ -153,7 +153,9 @@ TIMM = {
         "timm-parallel", VISION, classes={"block_fn": PARALLEL["block_fn"]}, class_token=False, reg_tokens=1,
         no_embed_class=True, global_pool="avg",
     ),
-    "dinov3": of_timm("timm-eva", EVA, "vit_small_patch16_dinov3", EPSILON, qkv_bias=False, **DINOV3, global_pool="token"),
+    "dinov3": of_timm(
+        "timm-eva", EVA, "vit_small_patch16_dinov3", EPSILON, qkv_bias=False, global_pool="token", **DINOV3
+    ),
     "dinov3-swiglu-qkv-bias": of_timm(
         "timm-eva", EVA, "vit_7b_patch16_dinov3", EPSILON, swiglu_mlp=True, swiglu_align_to=8, **DINOV3
     ),

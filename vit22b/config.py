@@ -7,7 +7,8 @@ place; `Recipe.validate()` runs after the overrides and before anything else.
 
 import dataclasses
 import math
-from typing import TypedDict
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 
 class RecipeError(ValueError):
@@ -455,6 +456,23 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, object]:
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def from_flat(flat: Mapping[str, object]) -> Recipe:
+    """The recipe whose `flat()`, or what JSON has made of it, this is. Names that are no field's are passed over."""
+
+    def build(kind: type, prefix: str) -> Any:
+        values: dict[str, Any] = {}
+        for field in dataclasses.fields(kind):
+            name = prefix + field.name
+            if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+                values[field.name] = build(field.type, name + ".")
+            elif name in flat:
+                value = flat[name]
+                values[field.name] = tuple(value) if isinstance(value, list) else value
+        return kind(**values)
+
+    return build(Recipe, "")
 
 
 class Size(TypedDict):

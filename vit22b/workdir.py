@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from vit22b.config import RESUMABLE, Recipe, RecipeError
+from vit22b.config import RESUMABLE, Recipe, RecipeError, from_flat
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets", "pillow")
 
@@ -42,6 +42,20 @@ def open_workdir(workdir: Path, recipe: Recipe, fingerprints: dict[str, str]) ->
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.rename(path)  # a kill leaves the old file or the new one
+
+
+def read_recipe(workdir: Path) -> Recipe:
+    """The recipe of the run in a folder; raises `RecipeError` where there is none.
+
+    A field that an older run does not have takes its default, one that is no longer there is passed over.
+    """
+    path = workdir / "recipe.json"
+    try:
+        return from_flat(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    except FileNotFoundError as error:
+        raise RecipeError(f"{workdir}: holds no recipe.json, as the folder of a run does") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"{path}: is not a run's ({error})") from error
 
 
 def check_same_run(workdir: Path, old: dict[str, object], new: dict[str, object]) -> None:

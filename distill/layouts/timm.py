@@ -277,7 +277,7 @@ def eva_config(published: Published) -> dict[str, Any]:
         "rope_base": float(args.get("rope_temperature", 10_000 if absolute else 100)),
         # EVA-02 was pre-trained at 224 px with patches of 14.
         "rope_grid": _one(args.get("ref_feat_shape", 16)) if absolute else 0,
-        "pool": known["pool"] if "global_pool" in (published.info | args) or absolute else "cls",
+        "pool": known["pool"] if "global_pool" in published.info | args else "gap",  # as timm's class has it
     }
 
 
