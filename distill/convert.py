@@ -170,18 +170,19 @@ def checked_rules(layout: Layout, config: ModelConfig, published: Published | No
     return rules
 
 
-def load(source: Source, dtype: jnp.dtype = jnp.float32) -> ViT:
+def load(source: Source, dtype: Any = jnp.float32) -> ViT:
     """The model on the mesh in force, each device's part read straight from the files. Parameters are of `dtype`."""
     model = concrete(abstract(source.config), get_mesh())
     names, structure = named_leaves(model), jax.tree.structure(model)
 
-    def parameter(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def parameter(name: str, leaf: jax.Array) -> jax.Array:
         @functools.cache  # of a replicated parameter each device asks for the same
         def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
             index = tuple(slice(*bound) for bound in bounds)
             return read(source.rules, name, index, leaf.shape, source.arrays, source.config).astype(dtype)
 
-        def callback(index: tuple[slice, ...]) -> np.ndarray:
+        def callback(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             return part(tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True)))
 
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, callback)
@@ -275,7 +276,9 @@ def save_workdir(model: ViT, workdir: Path, name: str, data: Mapping[str, Any], 
 def load_workdir(workdir: Path) -> tuple[ViT, Recipe]:
     """The model of a run, or of converted weights, on the mesh in force."""
     recipe = read_recipe(workdir)
-    return Checkpoints(workdir / "checkpoints", recipe).restore_model(concrete(abstract(recipe.model), get_mesh())), recipe
+    return Checkpoints(workdir / "checkpoints", recipe).restore_model(
+        concrete(abstract(recipe.model), get_mesh())
+    ), recipe
 
 
 def check_unplaced(rules: list[Rule], parameters: Mapping[str, jax.Array], layout: Layout) -> None:

@@ -29,8 +29,7 @@ CONFIGS = {
     name: dataclasses.replace(TINY, **changes)
     for name, changes in {
         "vit22b": {},
-        "internvit": {"block": "sequential", "qk_norm": "width", "layer_scale": 0.1, **CLASS}
-        | {"final_norm": "none"},
+        "internvit": {"block": "sequential", "qk_norm": "width", "layer_scale": 0.1, **CLASS} | {"final_norm": "none"},
         "deit3": DEIT | CLASS | {"mlp": "gelu", "layer_scale": 0.1, "num_registers": 2},
         "dinov3": DEIT | {"mlp": "swiglu", "position": "rope", "class_token": True, "num_registers": 3, "pool": "gap"},
         "siglip": DEIT | {"position": "sincos", "num_registers": 1},
