@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import get_mesh
+from jax.sharding import get_abstract_mesh, get_mesh, use_abstract_mesh
 
 from distill.layouts import LAYOUTS
 from distill.layouts.tables import (
@@ -32,7 +32,7 @@ from vit22b.checkpoint import Checkpoints
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
 from vit22b.model import ViT
 from vit22b.names import named_leaves
-from vit22b.sharding import abstract_mesh, concrete
+from vit22b.sharding import abstract_mesh, check_model_divisibility, concrete
 from vit22b.workdir import open_workdir, read_recipe
 
 METADATA = "vit22b"  # key of our own configuration in a safetensors file that we wrote
@@ -153,9 +153,13 @@ def abstract(config: ModelConfig) -> ViT:
 
 
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of our parameters by name, whatever mesh is in force or not."""
-    with jax.sharding.use_abstract_mesh(abstract_mesh((1, 1, 1))):
-        return {name: leaf.shape for name, leaf in named_leaves(abstract(config)).items()}
+    """Shapes of our parameters by name. Raises `RecipeError` where a mesh in force does not divide the model."""
+    mesh = get_abstract_mesh()
+    if mesh.empty:
+        with use_abstract_mesh(abstract_mesh((1, 1, 1))):
+            return our_shapes(config)
+    check_model_divisibility(config, mesh.shape["data"], mesh.shape["model"])
+    return {name: leaf.shape for name, leaf in named_leaves(abstract(config)).items()}
 
 
 def checked_rules(layout: Layout, config: ModelConfig, published: Published | None) -> list[Rule]:

@@ -102,11 +102,12 @@ class _Npz(Mapping):
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(file)
-            order = "F" if fortran else "C"
             if not math.prod(shape):
                 return np.zeros(shape, dtype)
-            view = np.memmap(self._path, dtype, "r", offset=file.tell(), shape=shape or (1,), order=order)
-            return self._bfloat16(view.reshape(shape))
+            if fortran:
+                return self._bfloat16(self._file[name])
+            count = math.prod(shape)
+            return self._bfloat16(np.memmap(self._path, dtype, "r", offset=file.tell(), shape=(count,)).reshape(shape))
 
     @staticmethod
     def _bfloat16(array: np.ndarray) -> np.ndarray:
@@ -160,7 +161,7 @@ def write_sharded_safetensors(
     if len(files) == 1:
         write_safetensors(folder / "model.safetensors", shapes, value, metadata)
         return
-    places = {}
+    places: dict[str, str] = {}
     for i, part in enumerate(files, 1):
         name = f"model-{i:05d}-of-{len(files):05d}.safetensors"
         write_safetensors(folder / name, part, value, metadata)

@@ -15,7 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vit22b.config import MeshConfig, Recipe, RecipeError, check
+from vit22b.config import MeshConfig, ModelConfig, Recipe, RecipeError, check
 
 AXES = ("replica", "data", "model")
 BATCH = P(("replica", "data"))
@@ -58,7 +58,11 @@ def check_divisibility(recipe: Recipe, shape: tuple[int, int, int]) -> None:
         batch,
         f"must be a multiple of {shards} = {what}; try {max(batch // shards, 1) * shards}",
     )
-    config = recipe.model
+    check_model_divisibility(recipe.model, data, model)
+
+
+def check_model_divisibility(config: ModelConfig, data: int, model: int) -> None:
+    """Raises `RecipeError` where these counts of devices on 'data' and 'model' do not divide the model."""
     for axis, count, fields in (("data", data, ("width",)), ("model", model, ("width", "num_heads", "mlp_dim"))):
         sizes = {field: getattr(config, field) for field in fields}
         fitting = [n for n in range(1, count + 1) if not any(size % n for size in (count, *sizes.values()))]

@@ -1,0 +1,679 @@
+"""Weights of other libraries, without these libraries: files, round trips, shardings, mistakes, and real sizes.
+
+That the mappings mean what the libraries compute is shown in test_convert_reference.py.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import MeshFactory, abstract_model
+from jax.sharding import get_mesh
+
+from distill import convert
+from distill.layouts import LAYOUTS
+from distill.layouts.tables import Published, check_tensors, their_shapes
+from distill.tensors import open_tensors, write_npz, write_safetensors, write_sharded_safetensors
+from launch import convert as program
+from vit22b import step
+from vit22b.checkpoint import Checkpoints
+from vit22b.config import DataConfig, ModelConfig, OptimConfig, Recipe, RecipeError
+from vit22b.model import ViT
+from vit22b.names import named_leaves
+from vit22b.sharding import concrete
+from vit22b.workdir import open_workdir, read_recipe
+
+ROOT = Path(__file__).parent.parent
+SEQUENTIAL = {"block": "sequential", "norm": "layer", "qk_norm": "none"}
+BIASES = {"norm_bias": True, "qkv_bias": True, "proj_bias": True}
+CLASS = {"class_token": True, "pool": "cls"}
+PLAIN = {"position_resampling": "cubic_plain"}
+SCALED = {"layer_scale": 0.1}
+ROPE = {"position": "rope", "num_classes": 1}
+SIGLIP = SEQUENTIAL | BIASES | {"num_classes": 1}
+INTERNVIT = {"block": "sequential", "norm": "rms", "qk_norm": "width", "proj_bias": True, "mlp": "gelu"} | CLASS
+INTERNVIT |= SCALED | PLAIN | {"final_norm": "none", "num_classes": 1}
+# For each layout configurations that it can express, together with every part that it may have.
+EXPRESSIBLE: dict[str, list[dict[str, Any]]] = {
+    "hf-vit": [SEQUENTIAL | BIASES | CLASS | PLAIN, SEQUENTIAL | CLASS | PLAIN | {"num_classes": 1, "mlp_bias": False}],
+    "hf-dinov2": [
+        SEQUENTIAL | BIASES | PLAIN | SCALED | {"class_token": True, "pool": "cls_gap"},
+        SEQUENTIAL | BIASES | CLASS | SCALED | {"num_registers": 3, "mlp": "swiglu", "mlp_dim": 88, "num_classes": 1},
+    ],
+    "hf-dinov3": [
+        SEQUENTIAL | BIASES | CLASS | SCALED | ROPE | {"num_registers": 2},
+        SEQUENTIAL | CLASS | SCALED | ROPE | {"mlp": "swiglu", "mlp_bias": False},
+    ],
+    "hf-siglip": [SIGLIP | PLAIN],
+    "hf-siglip2-naflex": [SIGLIP | {"position_resampling": "linear"}],
+    "hf-internvl-vision": [INTERNVIT, INTERNVIT | {"norm": "layer", "qk_norm": "none"} | BIASES],
+    "hf-internvit": [INTERNVIT, INTERNVIT | {"norm": "layer", "qk_norm": "none"} | BIASES],
+    "timm-parallel": [{}, {"norm": "layer", "pool": "gap", "num_registers": 2} | BIASES, CLASS],
+    "timm-vit": [
+        SEQUENTIAL | BIASES | CLASS | SCALED | {"num_registers": 2},
+        SEQUENTIAL | {"mlp": "swiglu", "pool": "gap", "final_norm": "pooled"},
+        {"block": "sequential", "position": "none"},
+        SEQUENTIAL | BIASES,
+    ],
+    "timm-eva": [
+        SEQUENTIAL
+        | BIASES
+        | CLASS
+        | {"position": "learned_rope", "rope_grid": 4, "mlp": "swiglu", "mlp_sub_norm": True},
+        SEQUENTIAL | BIASES | CLASS | SCALED | {"position": "rope", "mlp": "gelu", "num_registers": 2},
+    ],
+    "npz-big-vision": [SEQUENTIAL | BIASES, SEQUENTIAL | BIASES | CLASS, SEQUENTIAL | BIASES | {"pool": "gap"}],
+}
+CASES = [(name, fields) for name, all_fields in EXPRESSIBLE.items() for fields in all_fields]
+IDS = [f"{name}-{i}" for name, all_fields in EXPRESSIBLE.items() for i in range(len(all_fields))]
+
+
+def config_of(fields: dict[str, Any]) -> ModelConfig:
+    shape = {"width": 32, "depth": 3, "mlp_dim": 64, "num_heads": 4, "num_classes": 5, "image_size": 32}
+    config = ModelConfig(**shape | {"patch_size": 8, "matmul": "fp32"} | fields)
+    config.validate()
+    return config
+
+
+def random_model(config: ModelConfig, zero: tuple[str, ...] = ()) -> ViT:
+    """A model with random parameters; those whose names end as in `zero`, and a classifier of one class, are zero."""
+    abstract, rng = concrete(abstract_model(config), get_mesh()), np.random.default_rng(0)
+    values = []
+    for name, leaf in named_leaves(abstract).items():
+        blank = name.endswith(zero) or (name.startswith("head_") and config.num_classes == 1)
+        value = np.zeros(leaf.shape) if blank else rng.normal(size=leaf.shape)
+        values.append(jax.device_put(value.astype(np.float32), leaf.sharding))
+    return jax.tree.unflatten(jax.tree.structure(abstract), values)
+
+
+def written(layout: str, fields: dict[str, Any], folder: Path) -> tuple[ViT, str]:
+    """A random model, and how the files are called that hold it in that layout."""
+    library, _, family = layout.partition("-")
+    model = random_model(config_of(fields), ("key_bias",) if family == "eva" else ())
+    path = folder / {"hf": "model", "timm": "model.safetensors", "npz": "model.npz"}[library]
+    assert convert.save(model, library, path, layout_name=layout).name == layout
+    return model, f"{library}:{path}"
+
+
+def assert_same(one: ViT, other: ViT) -> None:
+    for (name, a), b in zip(named_leaves(one).items(), named_leaves(other).values(), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+
+
+def test_every_layout_has_a_configuration_here() -> None:
+    assert EXPRESSIBLE.keys() == LAYOUTS.keys()
+
+
+@pytest.mark.parametrize(("layout", "fields"), CASES, ids=IDS)
+def test_a_round_trip_through_files_is_bitwise(layout: str, fields: dict, mesh: MeshFactory, tmp_path: Path) -> None:
+    with mesh():
+        model, spec = written(layout, fields, tmp_path)
+        source = convert.open_source(spec, overrides={"matmul": "fp32"})
+        assert source.layout.name == layout
+        assert_same(convert.load(source), model)
+        if not spec.startswith("npz"):  # which holds no description: what no tensor tells is not known
+            assert source.config == model.config
+
+
+@pytest.mark.parametrize(("layout", "fields"), CASES, ids=IDS)
+def test_every_value_of_every_parameter_has_a_place_of_its_own(
+    layout: str, fields: dict, mesh: MeshFactory, tmp_path: Path
+) -> None:
+    """Numbers that occur once in ours occur once in theirs, and nothing else but zeros does."""
+    with mesh():
+        config = config_of(fields)
+        abstract, start, values = concrete(abstract_model(config), get_mesh()), 1, []
+        unplaced = [r.ours for r in LAYOUTS[layout].rules(config, None) if not r.theirs]
+        for name, leaf in named_leaves(abstract).items():
+            numbers = np.zeros(leaf.size) if name in unplaced else np.arange(start, start + leaf.size)
+            start += 0 if name in unplaced else leaf.size
+            values.append(jax.device_put(numbers.astype(np.float32).reshape(leaf.shape), leaf.sharding))
+        model = jax.tree.unflatten(jax.tree.structure(abstract), values)
+        library = layout.split("-")[0]
+        path = tmp_path / {"hf": "model", "timm": "model.safetensors", "npz": "model.npz"}[library]
+        convert.save(model, library, path, layout_name=layout)
+    found = np.concatenate([np.ravel(array) for array in open_tensors(path).arrays.values()])
+    np.testing.assert_array_equal(np.sort(found[found != 0]), np.arange(1, start))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)])
+@pytest.mark.parametrize("layout", ["hf-dinov2", "timm-eva", "npz-big-vision"])
+def test_eight_devices_load_what_one_does(
+    layout: str, shape: tuple[int, int, int], mesh: MeshFactory, tmp_path: Path
+) -> None:
+    with mesh():
+        model, spec = written(layout, EXPRESSIBLE[layout][0], tmp_path)
+    with mesh(*shape) as m:
+        loaded = convert.load(convert.open_source(spec))
+        wanted = named_leaves(concrete(abstract_model(loaded.config), m))
+        for name, leaf in named_leaves(loaded).items():
+            assert leaf.sharding == wanted[name].sharding, name
+    assert_same(loaded, model)
+
+
+def test_a_devices_part_is_read_without_the_rest(mesh: MeshFactory, tmp_path: Path) -> None:
+    """Of a file of holes, of 1.6 GB, pages are mapped where they are read."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux's count of mapped pages")
+    config = config_of(EXPRESSIBLE["hf-siglip"][0] | {"width": 2048, "mlp_dim": 8192, "depth": 8})
+    layout = LAYOUTS["hf-siglip"]
+    shapes = their_shapes(layout.rules(config, None), convert.our_shapes(config), config)
+    (tmp_path / "config.json").write_text(json.dumps(layout.describe(config)))
+    size = write_holes(tmp_path / "model.safetensors", shapes)
+    assert size > 1.5e9
+    source = convert.open_source(f"hf:{tmp_path}")
+    # A 64th of one matrix of the MLP in all layers, rows and columns apart, as on a mesh of 8 x 8.
+    index = (slice(0, 8), slice(256, 512), slice(1024, 2048))
+    before = mapped_bytes()
+    part = convert.read(source.rules, "blocks/mlp/out", index, (8, 8192, 2048), source.arrays, source.config)
+    assert part.shape == (8, 256, 1024)
+    # Columns of theirs are 1 KB of each row of 32 KB, in pages of 4 KB.
+    assert mapped_bytes() - before < 8 * 1024 * 2 * 65536
+    assert mapped_bytes() - before < size / 2
+    rows = (slice(0, 8), slice(0, 2048), slice(1024, 1280))  # which are contiguous in theirs
+    before = mapped_bytes()
+    convert.read(source.rules, "blocks/mlp/up", rows, (8, 2048, 8192), source.arrays, source.config)
+    assert mapped_bytes() - before < 1.2 * 8 * 2048 * 256 * 4
+
+
+def write_holes(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:
+    """A safetensors file of zeros that takes no space."""
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        end = offset + 4 * int(np.prod(shape))
+        header[name], offset = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}, end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    return offset
+
+
+def mapped_bytes() -> int:
+    """Bytes of files that are mapped into this process and present."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
+def test_sources_of_other_precision_are_read_as_they_are(dtype: Any, mesh: MeshFactory, tmp_path: Path) -> None:
+    with mesh():
+        _, spec = written("timm-vit", EXPRESSIBLE["timm-vit"][0], tmp_path)
+        path = Path(spec.removeprefix("timm:"))
+        full = open_tensors(path)
+        names = {"bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+        content, header = b"", {"__metadata__": full.metadata}
+        for name, array in full.arrays.items():
+            raw = np.ascontiguousarray(array.astype(dtype)).tobytes()
+            offsets = [len(content), len(content) + len(raw)]
+            header[name] = {"dtype": names[np.dtype(dtype).name], "shape": array.shape, "data_offsets": offsets}
+            content += raw
+        text = json.dumps(header).encode()
+        (tmp_path / "other.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
+        loaded = convert.load(convert.open_source(f"timm:{tmp_path / 'other.safetensors'}"))
+        original = convert.load(convert.open_source(spec))
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(original), strict=True):
+        assert a.dtype == np.float32
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b).astype(dtype).astype(np.float32))
+
+
+def test_a_model_in_bf16_takes_half_and_computes_the_same_up_to_rounding(mesh: MeshFactory, tmp_path: Path) -> None:
+    with mesh(1, 2, 2):
+        _, spec = written("timm-vit", EXPRESSIBLE["timm-vit"][0], tmp_path)
+        source = convert.open_source(spec, overrides={"matmul": "bf16"})
+        full, half = convert.load(source), convert.load(source, jnp.bfloat16)
+        assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
+        x = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+        one, other = (np.asarray(jax.jit(lambda model, x: model(x).logits)(m, x)) for m in (full, half))
+    assert one.dtype == other.dtype == np.float32
+    assert np.linalg.norm(one - other) < 0.02 * np.linalg.norm(one)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("root", ["", "params/img/"])
+def test_npz_files_of_all_kinds_are_read(
+    compressed: bool, stacked: bool, root: str, mesh: MeshFactory, tmp_path: Path
+) -> None:
+    with mesh():
+        model, spec = written("npz-big-vision", EXPRESSIBLE["npz-big-vision"][0], tmp_path)
+        arrays = {k.removeprefix("params/"): v for k, v in np.load(spec.removeprefix("npz:")).items()}
+        if stacked:
+            inner = "Transformer/encoderblock_0/"
+            names = [name.removeprefix(inner) for name in arrays if name.startswith(inner)]
+            stacks = {
+                f"Transformer/encoderblock/{n}": np.stack(
+                    [arrays[f"Transformer/encoderblock_{i}/{n}"] for i in range(3)]
+                )
+                for n in names
+            }
+            arrays = {k: v for k, v in arrays.items() if "encoderblock_" not in k} | stacks
+        arrays = {root + name: value for name, value in arrays.items()}
+        if root:  # SigLIP's file holds a text tower too
+            arrays |= {"params/txt/head/bias": np.ones(3), "params/t": np.ones(1), "params/b": np.ones(1)}
+        (np.savez_compressed if compressed else np.savez)(tmp_path / "other.npz", **arrays)
+        assert_same(convert.load(convert.open_source(f"npz:{tmp_path / 'other.npz'}")), model)
+
+
+def test_large_models_are_written_as_several_files_and_an_index(mesh: MeshFactory, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"a{i}": rng.normal(size=(10, i + 1)).astype(np.float32) for i in range(6)}
+    write_sharded_safetensors(tmp_path, {k: v.shape for k, v in arrays.items()}, arrays.__getitem__, {}, max_bytes=400)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    # 40 + 80 + 120 + 160 bytes; 200; 240
+    assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert open_tensors(tmp_path / files[0]).arrays.keys() == {"a0", "a1", "a2", "a3"}
+    read = open_tensors(tmp_path).arrays
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array)
+
+
+def test_safetensors_files_are_those_of_the_format(tmp_path: Path) -> None:
+    """Checked byte by byte: length, JSON, values in order, little-endian."""
+    a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.float32(7).reshape(())
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": (2, 3), "b": ()}, {"a": a, "b": b}.__getitem__, {"format": "pt"})
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0
+    header = json.loads(content[8 : 8 + length])
+    assert header == {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
+        "b": {"dtype": "F32", "shape": [], "data_offsets": [24, 28]},
+    }
+    assert content[8 + length :] == a.tobytes() + b.tobytes()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no header", "index without file"])
+def test_a_damaged_file_is_answered_in_one_line(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": (4,)}, lambda name: np.zeros(4), {})
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-4])
+    if damage == "no header":
+        path.write_bytes(b"\xff" * 100)
+    if damage == "index without file":
+        path = tmp_path / "model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    with pytest.raises(RecipeError) as caught:
+        open_tensors(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def changed(spec: str, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    """Rewrites a safetensors file of timm's with other arrays."""
+    path = Path(spec.removeprefix("timm:"))
+    tensors = open_tensors(path)
+    arrays = {name: np.array(array) for name, array in tensors.arrays.items()}
+    change(arrays)
+    write_safetensors(path, {k: v.shape for k, v in arrays.items()}, arrays.__getitem__, tensors.metadata)
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, np.ndarray]], None]:
+    return lambda arrays: arrays.__setitem__(new, arrays.pop(old))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.pop("blocks.1.mlp.fc1.bias"), "missing: blocks.1.mlp.fc1.bias"),
+        (lambda a: a.setdefault("blocks.3.norm1.bias", np.zeros(32)), "unexpected: blocks.3.norm1.bias"),
+        (rename("norm.weight", "norm.wieght"), "missing: norm.weight; unexpected: norm.wieght"),
+        (
+            lambda a: a.__setitem__("blocks.2.attn.proj.weight", np.zeros((32, 33))),
+            r"of another shape: blocks.2.attn.proj.weight \(32, 33\) instead of \(32, 32\)",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(change: Callable, message: str, mesh: MeshFactory, tmp_path: Path) -> None:
+    with mesh():
+        _, spec = written("timm-vit", EXPRESSIBLE["timm-vit"][0], tmp_path)
+        changed(spec, change)
+        with pytest.raises(RecipeError, match=message):
+            convert.open_source(spec)
+
+
+def test_what_has_no_place_must_be_zero_in_both_directions(mesh: MeshFactory, tmp_path: Path) -> None:
+    with mesh():
+        model = random_model(config_of(EXPRESSIBLE["timm-eva"][0]))
+        with pytest.raises(
+            RecipeError, match="blocks/attention/key_bias: is not zero, and timm-eva has no place for it"
+        ):
+            convert.save(model, "timm", tmp_path / "eva.safetensors")
+        assert not list(tmp_path.iterdir())
+        _, spec = written("timm-vit", EXPRESSIBLE["timm-vit"][1], tmp_path)  # without biases
+        changed(spec, lambda arrays: arrays.__setitem__("blocks.1.attn.proj.bias", np.ones(32)))
+        with pytest.raises(RecipeError, match=r"blocks.1.attn.proj.bias: is not zero"):
+            convert.open_source(spec)
+
+
+def test_a_model_that_no_layout_expresses_is_answered_with_the_fields(mesh: MeshFactory, tmp_path: Path) -> None:
+    with mesh():
+        model = random_model(config_of({"pool": "gap"}))
+        with pytest.raises(RecipeError, match=r"model\.block='parallel': cannot be written as hf-vit"):
+            convert.save(model, "hf", tmp_path / "x")
+        with pytest.raises(RecipeError, match="--layout=hf-vti: choose one of"):
+            convert.save(model, "hf", tmp_path / "x", layout_name="hf-vti")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused(mesh: MeshFactory, tmp_path: Path) -> None:
+    with mesh():
+        _, spec = written("hf-siglip", EXPRESSIBLE["hf-siglip"][0], tmp_path)
+    with mesh(1, 1, 8), pytest.raises(RecipeError, match=r"mesh\.model=8: must divide model\.num_heads=4"):
+        convert.open_source(spec)
+
+
+def test_nothing_is_overwritten(mesh: MeshFactory, tmp_path: Path) -> None:
+    with mesh():
+        model, spec = written("timm-vit", EXPRESSIBLE["timm-vit"][0], tmp_path)
+        with pytest.raises(RecipeError, match="is there already"):
+            convert.save(model, "timm", Path(spec.removeprefix("timm:")))
+        data = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+        with pytest.raises(RecipeError, match="is there already"):
+            convert.save_workdir(model, tmp_path, "name", data, "origin")
+
+
+def test_a_bare_file_of_timms_asks_for_what_no_tensor_tells(mesh: MeshFactory, tmp_path: Path) -> None:
+    with mesh():
+        model, spec = written("timm-vit", EXPRESSIBLE["timm-vit"][0], tmp_path)
+        path = Path(spec.removeprefix("timm:"))
+        path.with_suffix(".json").unlink()
+        arrays = {name: np.array(array) for name, array in open_tensors(path).arrays.items()}
+        write_safetensors(path, {k: v.shape for k, v in arrays.items()}, arrays.__getitem__, {})
+        with pytest.raises(RecipeError, match=r"model.num_heads: neither .* tell it; give --config.model.num_heads="):
+            convert.open_source(spec)
+        loaded = convert.load(convert.open_source(spec, overrides={"num_heads": 4}))
+        assert_same(loaded, model)
+
+
+def test_a_run_is_written_with_its_moving_average(mesh: MeshFactory, tmp_path: Path) -> None:
+    recipe = Recipe(
+        name="t", total_steps=2, batch_size=8, model=config_of({}), optim=OptimConfig(ema_decay=0.9),
+        data=DataConfig(train="digits", validation="digits", std=(0.25, 0.5, 0.75)),
+    )  # fmt: skip
+    with mesh(1, 2, 2):
+        state = jax.jit(lambda: step.init_state(recipe))()
+        state = dataclasses.replace(state, ema=random_model(recipe.model))
+        open_workdir(tmp_path / "run", recipe, {})
+        checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", recipe)
+        checkpoints.save(1, state)
+        checkpoints.wait()
+    assert read_recipe(tmp_path / "run") == recipe
+    with mesh(2, 1, 1):  # another mesh
+        model, found = convert.load_workdir(tmp_path / "run")
+        assert found == recipe
+        assert_same(model, state.ema)
+
+
+def test_the_program_converts_there_and_back(tmp_path: Path, mesh: MeshFactory, capsys: pytest.CaptureFixture) -> None:
+    with mesh():
+        model, spec = written("hf-siglip", EXPRESSIBLE["hf-siglip"][0], tmp_path)
+    statistics = ["--config.data.mean=(0.5,0.5,0.5)", "--config.data.std=(0.25,0.5,0.75)"]
+    work = tmp_path / "work"
+    program.run(["--from", spec, "--to", str(work), *statistics, "--config.model.matmul=bf16"])
+    program.run(["--from", str(work), "--to", f"hf:{tmp_path / 'again'}"])
+    output = capsys.readouterr().out
+    assert "read as hf-siglip" in output
+    assert "written as hf-siglip" in output
+    recipe = read_recipe(work)
+    assert recipe.data.std == (0.25, 0.5, 0.75)
+    assert recipe.model == dataclasses.replace(model.config, matmul="bf16")
+    first, again = (
+        open_tensors(path / "model.safetensors").arrays for path in (tmp_path / "model", tmp_path / "again")
+    )
+    assert first.keys() == again.keys()
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert json.loads((tmp_path / "again" / "preprocessor_config.json").read_text())["image_std"] == [0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "--from: give it"),
+        (["--from", "hf:x"], "--to: give it"),
+        (["--from", "hf:x", "--to", "y", "--config.model.depht=2"], "--config.model.depht=2: not a flag"),
+        (["--from", "hf:x", "--to", "y", "--config.model.depth=two"], "--config.model.depth=two: needs an integer"),
+        (["--from", "hf:x", "--to", "y", "--config.data.mean=1"], "--config.data.mean=1: needs numbers"),
+        (["--from", "npz:nowhere.npz", "--to", "y"], "nowhere.npz: no such file"),
+        (["--from", "hf:nowhere/at/all", "--to", "y"], "nowhere/at/all: no such file"),
+        (["--from", "nowhere", "--to", "y"], "nowhere: holds no recipe.json"),
+        (["--from", "jax:x", "--to", "y"], "jax:x: holds no recipe.json"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(args: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        program.run(args)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_script_exits_with_status_2_and_one_line() -> None:
+    command = [sys.executable, "launch/convert.py", "--from", "npz:nowhere.npz", "--to", "nowhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: nowhere.npz: no such file or folder"
+
+
+# Published config.json of models too large to build here, as far as it is read.
+DINOV3_7B = {
+    "model_type": "dinov3_vit", "hidden_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 32,
+    "intermediate_size": 8192, "image_size": 224, "patch_size": 16, "num_register_tokens": 4, "use_gated_mlp": True,
+    "hidden_act": "silu", "layer_norm_eps": 1e-5, "layerscale_value": 1.0, "rope_theta": 100.0, "mlp_bias": True,
+    "proj_bias": True, "query_bias": False, "key_bias": False, "value_bias": False,
+}  # fmt: skip
+INTERNVIT_6B = {
+    "model_type": "intern_vit_6b", "hidden_size": 3200, "num_hidden_layers": 48, "num_attention_heads": 25,
+    "intermediate_size": 12800, "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-6, "norm_type": "rms_norm",
+    "hidden_act": "gelu", "initializer_factor": 0.1, "qk_normalization": True, "qkv_bias": False,
+}  # fmt: skip
+SIGLIP2_G = {
+    "model_type": "siglip",
+    "vision_config": {
+        "model_type": "siglip_vision_model", "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 40,
+        "num_attention_heads": 16, "image_size": 256, "patch_size": 16,
+    },
+}  # fmt: skip
+EVA02_L = {"architecture": "eva02_large_patch14_448", "num_classes": 1000, "global_pool": "avg"}
+
+
+def lines(text: str, depth: int, **sizes: int) -> dict[str, tuple[int, ...]]:
+    """'NAME D,F' a line as names and shapes; 'i' in a name is each layer."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for line in text.split("\n"):
+        if not line.strip():
+            continue
+        name, shape = line.split()
+        values = tuple(sizes[s] if s in sizes else int(s) for s in shape.split(","))
+        for i in range(depth) if ".i." in name else [0]:
+            shapes[name.replace(".i.", f".{i}.")] = values
+    return shapes
+
+
+REAL = {
+    "hf-dinov3": (
+        DINOV3_7B,
+        lines(
+            """
+            embeddings.cls_token 1,1,D
+            embeddings.mask_token 1,1,D
+            embeddings.register_tokens 1,4,D
+            embeddings.patch_embeddings.weight D,3,16,16
+            embeddings.patch_embeddings.bias D
+            layer.i.norm1.weight D
+            layer.i.norm1.bias D
+            layer.i.attention.q_proj.weight D,D
+            layer.i.attention.k_proj.weight D,D
+            layer.i.attention.v_proj.weight D,D
+            layer.i.attention.o_proj.weight D,D
+            layer.i.attention.o_proj.bias D
+            layer.i.layer_scale1.lambda1 D
+            layer.i.norm2.weight D
+            layer.i.norm2.bias D
+            layer.i.mlp.gate_proj.weight F,D
+            layer.i.mlp.gate_proj.bias F
+            layer.i.mlp.up_proj.weight F,D
+            layer.i.mlp.up_proj.bias F
+            layer.i.mlp.down_proj.weight D,F
+            layer.i.mlp.down_proj.bias D
+            layer.i.layer_scale2.lambda1 D
+            norm.weight D
+            norm.bias D
+            """,
+            40,
+            D=4096,
+            F=8192,
+        ),
+        6716e6,  # [Simeoni 2025, table 2]
+    ),
+    "hf-internvit": (
+        INTERNVIT_6B,
+        lines(
+            """
+            embeddings.class_embedding 1,1,D
+            embeddings.position_embedding 1,257,D
+            embeddings.patch_embedding.weight D,3,14,14
+            embeddings.patch_embedding.bias D
+            encoder.layers.i.norm1.weight D
+            encoder.layers.i.attn.qkv.weight Q,D
+            encoder.layers.i.attn.q_norm.weight D
+            encoder.layers.i.attn.k_norm.weight D
+            encoder.layers.i.attn.proj.weight D,D
+            encoder.layers.i.attn.proj.bias D
+            encoder.layers.i.ls1 D
+            encoder.layers.i.norm2.weight D
+            encoder.layers.i.mlp.fc1.weight F,D
+            encoder.layers.i.mlp.fc1.bias F
+            encoder.layers.i.mlp.fc2.weight D,F
+            encoder.layers.i.mlp.fc2.bias D
+            encoder.layers.i.ls2 D
+            """,
+            48,
+            D=3200,
+            F=12800,
+            Q=9600,
+        ),
+        5903e6,  # [Chen 2023, InternVL, table 1]
+    ),
+    "hf-siglip": (
+        SIGLIP2_G,
+        lines(
+            """
+            vision_model.embeddings.patch_embedding.weight D,3,16,16
+            vision_model.embeddings.patch_embedding.bias D
+            vision_model.embeddings.position_embedding.weight 256,D
+            vision_model.encoder.layers.i.layer_norm1.weight D
+            vision_model.encoder.layers.i.layer_norm1.bias D
+            vision_model.encoder.layers.i.layer_norm2.weight D
+            vision_model.encoder.layers.i.layer_norm2.bias D
+            vision_model.encoder.layers.i.self_attn.q_proj.weight D,D
+            vision_model.encoder.layers.i.self_attn.q_proj.bias D
+            vision_model.encoder.layers.i.self_attn.k_proj.weight D,D
+            vision_model.encoder.layers.i.self_attn.k_proj.bias D
+            vision_model.encoder.layers.i.self_attn.v_proj.weight D,D
+            vision_model.encoder.layers.i.self_attn.v_proj.bias D
+            vision_model.encoder.layers.i.self_attn.out_proj.weight D,D
+            vision_model.encoder.layers.i.self_attn.out_proj.bias D
+            vision_model.encoder.layers.i.mlp.fc1.weight F,D
+            vision_model.encoder.layers.i.mlp.fc1.bias F
+            vision_model.encoder.layers.i.mlp.fc2.weight D,F
+            vision_model.encoder.layers.i.mlp.fc2.bias D
+            vision_model.post_layernorm.weight D
+            vision_model.post_layernorm.bias D
+            vision_model.head.probe 1,1,D
+            vision_model.head.attention.in_proj_weight Q,D
+            vision_model.head.attention.in_proj_bias Q
+            vision_model.head.attention.out_proj.weight D,D
+            vision_model.head.attention.out_proj.bias D
+            vision_model.head.layernorm.weight D
+            vision_model.head.layernorm.bias D
+            vision_model.head.mlp.fc1.weight F,D
+            vision_model.head.mlp.fc1.bias F
+            vision_model.head.mlp.fc2.weight D,F
+            vision_model.head.mlp.fc2.bias D
+            """,
+            40,
+            D=1536,
+            F=6144,
+            Q=4608,
+        ),
+        1163e6,  # 1,132 M in the blocks [Alabdulmohsin 2023, g-opt], the pooling head, patches and positions
+    ),
+    "timm-eva": (
+        EVA02_L,
+        lines(
+            """
+            cls_token 1,1,D
+            pos_embed 1,1025,D
+            patch_embed.proj.weight D,3,14,14
+            patch_embed.proj.bias D
+            blocks.i.norm1.weight D
+            blocks.i.norm1.bias D
+            blocks.i.attn.q_proj.weight D,D
+            blocks.i.attn.q_proj.bias D
+            blocks.i.attn.k_proj.weight D,D
+            blocks.i.attn.v_proj.weight D,D
+            blocks.i.attn.v_proj.bias D
+            blocks.i.attn.proj.weight D,D
+            blocks.i.attn.proj.bias D
+            blocks.i.norm2.weight D
+            blocks.i.norm2.bias D
+            blocks.i.mlp.fc1_g.weight F,D
+            blocks.i.mlp.fc1_g.bias F
+            blocks.i.mlp.fc1_x.weight F,D
+            blocks.i.mlp.fc1_x.bias F
+            blocks.i.mlp.norm.weight F
+            blocks.i.mlp.norm.bias F
+            blocks.i.mlp.fc2.weight D,F
+            blocks.i.mlp.fc2.bias D
+            fc_norm.weight D
+            fc_norm.bias D
+            head.weight 1000,D
+            head.bias 1000
+            """,
+            24,
+            D=1024,
+            F=2730,
+        ),
+        305.1e6,  # timm's own table of EVA-02 L/14 at 448 px
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", REAL)
+def test_models_of_billions_fit_by_shape(layout: str) -> None:
+    info, shapes, parameters = REAL[layout]
+    published = Published(info, shapes)
+    assert convert.choose(layout.split("-")[0], published, None).name == layout
+    config = convert.configuration(LAYOUTS[layout], published, {}, {})
+    rules = convert.checked_rules(LAYOUTS[layout], config, published)  # raises where any name or shape is another
+    ours = convert.our_shapes(config)
+    assert sum(np.prod(shape, dtype=np.int64) for shape in shapes.values()) == pytest.approx(parameters, rel=3e-3)
+    classifier = config.num_classes == 1
+    count = sum(int(np.prod(s)) for name, s in ours.items() if not (classifier and name.startswith("head_")))
+    assert count == pytest.approx(parameters, rel=3e-3)
+    broken = dict(shapes)
+    removed = sorted(broken)[len(broken) // 2]
+    del broken[removed]
+    with pytest.raises(RecipeError, match=f"missing: {removed}"):
+        check_tensors(rules, their_shapes(rules, ours, config), broken, config)
+
+
+def test_npz_arrays_of_two_bytes_are_bfloat16(tmp_path: Path) -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.savez(tmp_path / "x.npz", a=values.astype(ml_dtypes.bfloat16))
+    write_npz(tmp_path / "y.npz", {"a": (2, 3)}, lambda name: values)
+    for name in ("x.npz", "y.npz"):
+        np.testing.assert_array_equal(open_tensors(tmp_path / name).arrays["a"].astype(np.float32), values)
