@@ -159,6 +159,9 @@ TIMM = {
     "dinov3-swiglu-qkv-bias": of_timm(
         "timm-eva", EVA, "vit_7b_patch16_dinov3", EPSILON, swiglu_mlp=True, swiglu_align_to=8, **DINOV3
     ),
+    "eva02-small": of_timm(
+        "timm-eva", EVA, "eva02_small_patch14_336", swiglu_mlp=True, use_rot_pos_emb=True, ref_feat_shape=(5, 5)
+    ),
     "eva02": of_timm("timm-eva", EVA, "eva02_large_patch14_448", **EVA02),
 }  # fmt: skip
 

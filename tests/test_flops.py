@@ -36,8 +36,9 @@ def test_mean_pooled_models_cost_what_the_formula_says(name: str) -> None:
         {"pool": "map", "mlp": "swiglu"},
         {"pool": "gap", "mlp": "swiglu"},
         {"block": "sequential", "pool": "cls", "class_token": True, "num_registers": 7},
+        {"pool": "cls_gap", "class_token": True},
     ],
-    ids=["parallel-map", "swiglu-map", "swiglu-gap", "sequential-cls-registers"],
+    ids=["parallel-map", "swiglu-map", "swiglu-gap", "sequential-cls-registers", "cls-gap"],
 )
 def test_xla_counts_the_same_and_up_to_3_percent_of_elementwise_work(changes: dict, mesh: MeshFactory) -> None:
     config = dataclasses.replace(SMALL, **changes)

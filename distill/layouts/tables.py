@@ -231,8 +231,9 @@ def read(
     bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
     out = np.zeros([stop - start for start, stop in bounds], np.float32)
     sizes = sizes_of(config)
-    for name, layer, rule in expand(rules, config.depth):
-        if rule.ours != ours or (rule.optional and name not in arrays):
+    wanted_rules = sorted((rule for rule in rules if rule.ours == ours), key=lambda rule: rule.added)
+    for name, layer, rule in expand(wanted_rules, config.depth):
+        if rule.optional and name not in arrays:
             continue
         target, wanted = out, bounds
         if layer is not None:
@@ -246,7 +247,8 @@ def read(
             continue
         piece = rule.to_ours(arrays[name], sizes)
         piece = piece[(slice(begin - first, end - first), *(slice(*bound) for bound in wanted[1:]))]
-        target[begin - start : end - start] += piece.astype(np.float32)
+        part = target[begin - start : end - start]
+        part[...] = part + piece.astype(np.float32) if rule.added else piece
     return out
 
 

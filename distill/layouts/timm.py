@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from distill.layouts.tables import CONVOLUTION, SAME, TRANSPOSE, Layout, Published, Rule, Shape, Table
-from vit22b.config import ModelConfig, RecipeError
+from vit22b.config import ModelConfig
 
 POOLS = {"gap": "avg", "cls": "token", "map": "map"}
 # Heads by the size in an architecture's name, as 'vit_base_patch16_224'; they show in no tensor's shape.
@@ -119,17 +119,13 @@ def eva_rules(config: ModelConfig, published: Published | None) -> list[Rule]:
     embedding(table)
     table.norm(block + "norm1", "blocks/norm", d)
     attention = block + "attn."
-    if published is not None and table.stores(attention + "qkv.weight"):
-        parts = [(ours, d) for ours in QKV]
-        if turned:
-            raise RecipeError("blocks.0.attn.qkv.weight: rotations of one fused kernel cannot be read so far")
-        table.packed(attention + "qkv.weight", parts, TRANSPOSE)
-        query, value = "q_bias", "v_bias"
-    else:
-        for letter, ours in zip("qkv", QKV, strict=True):
-            pattern = TRANSPOSE if letter == "v" else PATTERN[turned]
-            table.add(f"{attention}{letter}_proj.weight", ours, pattern)
-        query, value = "q_proj.bias", "v_proj.bias"
+    fused = published is not None and table.stores(attention + "qkv.weight")
+    for i, (letter, ours) in enumerate(zip("qkv", QKV, strict=True)):
+        theirs, part = (
+            (f"{attention}qkv.weight", (0, i * d, (i + 1) * d)) if fused else (f"{attention}{letter}_proj.weight", None)
+        )
+        table.add(theirs, ours, PATTERN[turned and letter != "v"], part=part)
+    query, value = ("q_bias", "v_bias") if fused else ("q_proj.bias", "v_proj.bias")
     if config.qkv_bias:
         table.add(attention + query, "blocks/attention/query_bias", SIDE[turned])
         table.add(attention + value, "blocks/attention/value_bias")
@@ -137,7 +133,11 @@ def eva_rules(config: ModelConfig, published: Published | None) -> list[Rule]:
     out = "blocks/attention/out"
     table.linear(attention + "proj", out, config.proj_bias, d)
     table.norm(block + "norm2", "blocks/mlp_norm", d)
-    if config.mlp == "swiglu":
+    if config.mlp == "swiglu" and published is not None and table.stores(block + "mlp.fc1.weight"):
+        parts = [("blocks/mlp/gate", f), ("blocks/mlp/up", f)]
+        table.packed(block + "mlp.fc1.weight", parts, TRANSPOSE)
+        packed_bias(table, block + "mlp.fc1.bias", parts, config.mlp_bias)
+    elif config.mlp == "swiglu":
         table.linear(block + "mlp.fc1_g", "blocks/mlp/gate", config.mlp_bias, f)
         table.linear(block + "mlp.fc1_x", "blocks/mlp/up", config.mlp_bias, f)
     else:
@@ -264,10 +264,12 @@ def parallel_config(published: Published) -> dict[str, Any]:
 
 def eva_config(published: Published) -> dict[str, Any]:
     shapes, known, args = published.shapes, fields(published), arguments(published.info)
-    gated, absolute = "blocks.0.mlp.fc1_g.weight" in shapes, "pos_embed" in shapes
+    hidden, absolute = shapes["blocks.0.mlp.fc2.weight"][1], "pos_embed" in shapes
+    packed = shapes.get("blocks.0.mlp.fc1.weight", (0,))[0] == 2 * hidden
+    gated = packed or "blocks.0.mlp.fc1_g.weight" in shapes
     return known | {
         "block": "sequential",
-        "mlp_dim": shapes["blocks.0.mlp.fc2.weight"][1],
+        "mlp_dim": hidden,
         "mlp": "swiglu" if gated else known["mlp"],
         "mlp_bias": "blocks.0.mlp.fc2.bias" in shapes,
         "qk_norm": "none",
