@@ -18,10 +18,10 @@ PIP  := $(BIN)/python -m pip --disable-pip-version-check --quiet
 REQS := $(strip requirements.txt $(if $(filter cuda tpu,$(DEVICE)),requirements-$(DEVICE).txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo plan test check format lock clean
+.PHONY: help install demo plan test test-reference check format lock clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo 'Set on the command line: DEVICE=cpu|cuda|tpu (found here: $(DEVICE)), PYTHON=$(PYTHON), VENV=$(VENV), ARGS="..."'
 
 install: $(VENV)/.installed ## Build the environment for this machine's CPU, GPU or TPU; quick when nothing changed
@@ -37,6 +37,11 @@ plan: ## Compile ViT-22B for 1,024 TPU v4 chips, here; another recipe and cluste
 test: $(VENV)/.installed-test ## Run the tests; pytest options in ARGS
 	$(BIN)/python -m pytest $(ARGS)
 
+# In an environment of its own: nothing else here needs PyTorch, which may never be in the way of a run.
+test-reference: ## Compare converted weights with PyTorch's libraries; pytest options in ARGS
+	@$(MAKE) --no-print-directory .venv-reference/.installed-reference DEVICE=cpu VENV=.venv-reference
+	.venv-reference/bin/python -m pytest $(or $(ARGS),tests/test_convert_reference.py)
+
 check: $(VENV)/.installed-test ## Lint, formatting, types; changes nothing
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -49,13 +54,13 @@ format: $(VENV)/.installed-test ## Sort imports and format the code
 # Keeps the versions already pinned, unless they no longer fit or ARGS=--upgrade asks for new ones.
 lock: $(VENV)/.made ## Pin requirements*.in in requirements*.txt; ARGS=--upgrade for newer versions
 	$(PIP) install uv
-	for name in requirements requirements-test requirements-cuda requirements-tpu; do \
+	for name in requirements requirements-test requirements-reference requirements-cuda requirements-tpu; do \
 	  $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --annotation-style line \
 	    --custom-compile-command 'make lock' --output-file $$name.txt $(ARGS) $$name.in || exit; \
 	done
 
 clean: ## Remove the environment and all caches; runs/ stays
-	@for venv in $(VENV) .venv-plan; do test ! -e $$venv/pyvenv.cfg || rm -rf $$venv; done
+	@for venv in $(VENV) .venv-plan .venv-reference; do test ! -e $$venv/pyvenv.cfg || rm -rf $$venv; done
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache
 	@find . -path ./runs -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
@@ -84,4 +89,9 @@ $(VENV)/.installed: $(VENV)/.made $(REQS)
 
 $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
 	$(PIP) install -r requirements-test.txt
+	@touch $@
+
+$(VENV)/.installed-reference: $(VENV)/.installed-test requirements-reference.txt
+	@echo 'Installing requirements-reference.txt: downloads 0.3 GB, on Linux 3 GB'
+	$(PIP) install -r requirements-reference.txt
 	@touch $@

@@ -13,7 +13,7 @@ NEEDS: dict[str, tuple] = {**STANDARD, "norm": ("rms", "layer"), "qk_norm": ("no
 NEEDS |= {"position_resampling": ("cubic_plain",), "mlp": ("gelu", "gelu_tanh"), "mlp_sub_norm": (False,)}
 NEEDS |= {"mlp_bias": (True,), "proj_bias": (True,), "class_token": (True,), "num_registers": (0,), "pool": ("cls",)}
 NEEDS |= {"final_norm": ("none",), "num_classes": (1,)}
-QK_EPSILON = 1e-6  # of both libraries' norms of queries and keys, whatever that of the others
+QK_EPSILON = 1e-6  # of transformers' norms of queries and keys, whatever that of the others
 
 
 def block_rules(table: Table, block: str, names: dict[str, str]) -> None:
@@ -67,8 +67,6 @@ def own_rules(config: ModelConfig, published: Published | None) -> list[Rule]:
 
 
 def fields(info: dict[str, Any], norm: str, qk_norm: bool, qkv_bias: bool) -> dict[str, Any]:
-    if qk_norm and info["layer_norm_eps"] != QK_EPSILON:
-        raise RecipeError(f"layer_norm_eps={info['layer_norm_eps']}: queries and keys are normed with {QK_EPSILON}")
     return {
         "width": info["hidden_size"],
         "depth": info["num_hidden_layers"],
@@ -96,15 +94,16 @@ def transformers_config(published: Published) -> dict[str, Any]:
     info = published.info.get("vision_config", published.info)
     if not info["use_mean_pooling"]:
         raise RecipeError("use_mean_pooling=false: a final norm of another kind than the blocks' cannot be read")
+    if info["use_qk_norm"] and info["layer_norm_eps"] != QK_EPSILON:
+        raise RecipeError(f"layer_norm_eps={info['layer_norm_eps']}: queries and keys are normed with {QK_EPSILON}")
     scale = {"layer_scale": info["layer_scale_init_value"]}
     return fields(info, info["norm_type"], info["use_qk_norm"], info["attention_bias"]) | scale
 
 
 def own_config(published: Published) -> dict[str, Any]:
     info = published.info.get("vision_config", published.info)
-    return fields(info, info["norm_type"], info["qk_normalization"], info["qkv_bias"]) | {
-        "layer_scale": info["initializer_factor"]
-    }
+    norm = info.get("norm_type", "rms_norm")  # the 6B's first description has no other
+    return fields(info, norm, info["qk_normalization"], info["qkv_bias"]) | {"layer_scale": info["initializer_factor"]}
 
 
 def check_qk_norm(config: ModelConfig) -> None:
