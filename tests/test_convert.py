@@ -160,6 +160,22 @@ def test_eight_devices_load_what_one_does(
     assert_same(loaded, model)
 
 
+@pytest.mark.parametrize("layout", ["hf-dinov2", "timm-parallel"])
+def test_eight_devices_write_what_one_does(layout: str, mesh: MeshFactory, tmp_path: Path) -> None:
+    with mesh():
+        _, spec = written(layout, EXPRESSIBLE[layout][0], tmp_path)
+    library, _, path = spec.partition(":")
+    with mesh(2, 2, 2):
+        model = convert.load(convert.open_source(spec))
+        other = tmp_path / "other.safetensors" if library == "timm" else tmp_path / "other"
+        convert.save(model, library, other)
+    one, eight = open_tensors(Path(path)), open_tensors(other)
+    assert one.metadata == eight.metadata
+    assert one.arrays.keys() == eight.arrays.keys()
+    for name, array in one.arrays.items():
+        np.testing.assert_array_equal(array, eight.arrays[name], err_msg=name)
+
+
 def test_a_devices_part_is_read_without_the_rest(mesh: MeshFactory, tmp_path: Path) -> None:
     """Of a file of holes, of 1.6 GB, pages are mapped where they are read."""
     if not Path("/proc/self/status").exists():

@@ -19,7 +19,7 @@ from conftest import MeshFactory, abstract_model
 from jax.sharding import get_mesh
 
 from vit22b.config import ModelConfig
-from vit22b.model import ViT
+from vit22b.model import ViT, resample
 from vit22b.names import named_leaves
 from vit22b.sharding import concrete
 
@@ -28,7 +28,11 @@ torch = pytest.importorskip("torch", reason=NEEDED)
 transformers = pytest.importorskip("transformers", reason=NEEDED)
 timm = pytest.importorskip("timm", reason=NEEDED)
 
+import safetensors.torch  # noqa: E402
+
 from distill import convert  # noqa: E402
+from distill.layouts import LAYOUTS  # noqa: E402
+from distill.layouts.tables import their_shapes  # noqa: E402
 
 TOLERANCE = 1e-4  # of values of up to about 5, in fp32
 NATIVE, OBLONG = (32, 32), (48, 24)
@@ -302,14 +306,156 @@ def test_siglip_is_found_within_the_model_of_both_towers(mesh: MeshFactory, tmp_
         assert_same(forward(ours, images(NATIVE)), {"pooled": output.pooler_output.numpy()}, "image tower")
 
 
+def test_internvit_of_opengvlab_is_that_of_transformers_by_other_names(mesh: MeshFactory, tmp_path: Path) -> None:
+    """OpenGVLab's code is no library's; its parameters are transformers' renamed, queries, keys and values in one."""
+    theirs = randomised(TRANSFORMERS["internvit"].make())
+    state, layers = theirs.state_dict(), "encoder.layer."
+    renamed = {
+        "embeddings.class_embedding": state["embeddings.cls_token"],
+        "embeddings.position_embedding": state["embeddings.position_embeddings"],
+        "embeddings.patch_embedding.weight": state["embeddings.patch_embeddings.projection.weight"],
+        "embeddings.patch_embedding.bias": state["embeddings.patch_embeddings.projection.bias"],
+    }
+    parts = {"layernorm_before": "norm1", "layernorm_after": "norm2", "lambda_1": "ls1", "lambda_2": "ls2"}
+    parts |= {"attention.projection_layer": "attn.proj", "attention.q_norm": "attn.q_norm"}
+    parts |= {"attention.k_norm": "attn.k_norm", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for name, value in state.items():
+        if name.startswith(layers) and "_proj." not in name:
+            layer, _, rest = name.removeprefix(layers).partition(".")
+            old = next(old for old in parts if rest == old or rest.startswith(old + "."))
+            renamed[f"encoder.layers.{layer}.{parts[old]}{rest.removeprefix(old)}"] = value
+    for i in range(2):
+        fused = torch.cat([state[f"{layers}{i}.attention.{letter}_proj.weight"] for letter in "qkv"])
+        renamed[f"encoder.layers.{i}.attn.qkv.weight"] = fused
+    safetensors.torch.save_file(renamed, tmp_path / "model.safetensors")
+    description = {"model_type": "intern_vit_6b", "intermediate_size": 64, "hidden_act": "gelu", **SIZE, **IMAGE}
+    description |= {"layer_norm_eps": 1e-6, "qk_normalization": True, "qkv_bias": False, "initializer_factor": 0.1}
+    (tmp_path / "config.json").write_text(json.dumps(description))
+    with mesh():
+        source = convert.open_source(f"hf:{tmp_path}", overrides=FP32)
+        assert source.layout.name == "hf-internvit"
+        ours = convert.load(source)
+        for size in (NATIVE, OBLONG):
+            assert_same(forward(ours, images(size)), outputs_of_transformers(theirs, images(size), {}), f"{size}")
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (7, 5), (3, 2), (12, 2), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("cubic", {"mode": "bicubic", "antialias": True}),
+        ("cubic_plain", {"mode": "bicubic"}),
+        ("linear", {"mode": "bilinear", "antialias": True}),
+    ],
+)
+def test_positions_are_resampled_as_pytorch_does(method: str, arguments: dict, grid: tuple[int, int]) -> None:
+    """But to one column of more rows than there were, which torch 2.13 antialiases wrongly."""
+    table = np.random.default_rng(0).normal(size=(6, 5, 8)).astype(np.float32)
+    planes = torch.from_numpy(table).permute(2, 0, 1)[None]
+    expected = torch.nn.functional.interpolate(planes, size=grid, **arguments)[0].permute(1, 2, 0).numpy()
+    np.testing.assert_allclose(np.asarray(resample(table, grid, method)), expected, rtol=0, atol=2e-6)
+
+
+def of_meta(make: Callable[[], Any]) -> list[tuple[int, ...]]:
+    """The shapes of a model's parameters, none of which is allocated."""
+    with torch.device("meta"):
+        return sorted(tuple(value.shape) for value in make().parameters())
+
+
+def of_config(model: str, config: str, **fields: Any) -> Callable[[], Any]:
+    return lambda: getattr(transformers, model)(getattr(transformers, config)(**fields))
+
+
+def of_architecture(name: str, **fields: Any) -> Callable[[], Any]:
+    return lambda: timm.create_model(name, **fields)
+
+
+def wide(width: int, depth: int, mlp_dim: int, num_heads: int, **fields: Any) -> dict[str, Any]:
+    sizes = {"width": width, "depth": depth, "mlp_dim": mlp_dim, "num_heads": num_heads, "num_classes": 1}
+    return sizes | SEQUENTIAL | fields
+
+
+CLASS: dict[str, Any] = {"class_token": True, "pool": "cls"}
+BIASES: dict[str, Any] = {"norm_bias": True, "qkv_bias": True, "proj_bias": True}
+SEQUENTIAL: dict[str, Any] = {"block": "sequential", "norm": "layer", "qk_norm": "none", **BIASES}
+DINOV3_7B = wide(4096, 40, 8192, 32, patch_size=16, mlp="swiglu", position="rope", num_registers=4, layer_scale=1.0)
+DINOV3_7B |= CLASS | {"qkv_bias": False}
+# Models of up to 7 billion parameters by the library's own description: only shapes are compared.
+REAL = {
+    "DINOv3 7B, transformers": (
+        "hf-dinov3",
+        of_config(
+            "DINOv3ViTModel", "DINOv3ViTConfig", hidden_size=4096, num_hidden_layers=40, num_attention_heads=32,
+            intermediate_size=8192, use_gated_mlp=True, hidden_act="silu", num_register_tokens=4,
+            query_bias=False, value_bias=False,
+        ),
+        DINOV3_7B,
+    ),
+    "DINOv3 7B, timm": (
+        "timm-eva",
+        of_architecture("vit_7b_patch16_dinov3", num_classes=0, qkv_fused=False),
+        DINOV3_7B,
+    ),
+    "InternViT 6B, transformers": (
+        "hf-internvl-vision",
+        of_config(
+            "InternVLVisionModel", "InternVLVisionConfig", hidden_size=3200, num_hidden_layers=48,
+            num_attention_heads=25, intermediate_size=12800, image_size=[224, 224], patch_size=[14, 14],
+            use_qk_norm=True, norm_type="rms_norm", use_mean_pooling=True,
+        ),
+        wide(3200, 48, 12800, 25, layer_scale=0.1, mlp="gelu", position_resampling="cubic_plain", **CLASS)
+        | {"norm": "rms", "norm_bias": False, "qk_norm": "width", "qkv_bias": False, "final_norm": "none"},
+    ),
+    "SigLIP 2 g-opt, transformers": (
+        "hf-siglip",
+        of_config(
+            "SiglipVisionModel", "SiglipVisionConfig", hidden_size=1536, num_hidden_layers=40, num_attention_heads=16,
+            intermediate_size=6144, image_size=384, patch_size=16,
+        ),
+        wide(1536, 40, 6144, 16, image_size=384, patch_size=16, position_resampling="cubic_plain"),
+    ),
+    "SigLIP 2 g-opt, timm": (
+        "timm-vit",
+        of_architecture("vit_giantopt_patch16_siglip_384"),
+        wide(1536, 40, 6144, 16, image_size=384, patch_size=16),
+    ),
+    "EVA-02 L, timm": (
+        "timm-eva",
+        of_architecture("eva02_large_patch14_448"),
+        wide(1024, 24, 2730, 16, image_size=448, mlp="swiglu", mlp_sub_norm=True, position="learned_rope", rope_grid=16)
+        | {"class_token": True, "pool": "gap", "final_norm": "pooled", "num_classes": 1000},
+    ),
+    "DINOv2 g with registers, timm": (
+        "timm-vit",
+        of_architecture("vit_giant_patch14_reg4_dinov2"),
+        wide(1536, 40, 4096, 24, image_size=518, mlp="swiglu", num_registers=4, layer_scale=1e-5, **CLASS),
+    ),
+    "DeiT III H, timm": (
+        "timm-vit",
+        of_architecture("deit3_huge_patch14_224"),
+        wide(1280, 32, 5120, 16, mlp="gelu", layer_scale=1e-6, **CLASS) | {"num_classes": 1000},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_models_of_billions_have_the_librarys_shapes(name: str) -> None:
+    layout, make, fields = REAL[name]
+    config = ModelConfig(**{"image_size": 224, "patch_size": 14} | fields)
+    rules = LAYOUTS[layout].rules(config, None)
+    LAYOUTS[layout].check_expresses(config)
+    shapes = their_shapes(rules, convert.our_shapes(config), config)
+    if layout == "timm-eva" and config.learns_positions:  # written without the class token's, published with it
+        shapes["pos_embed"] = (1, config.grid**2 + 1, config.width)
+    assert sorted(shapes.values()) == of_meta(make)
+
+
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name: str, mesh: MeshFactory, tmp_path: Path, record_property: Callable) -> None:
-    from safetensors.torch import load_file, save_file
-
     case = TIMM[name]
     theirs = randomised(case.make())
     (tmp_path / "theirs").mkdir()
-    save_file(theirs.state_dict(), tmp_path / "theirs" / "model.safetensors")
+    safetensors.torch.save_file(theirs.state_dict(), tmp_path / "theirs" / "model.safetensors")
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(case.info))
     with mesh():
         source = convert.open_source(f"timm:{tmp_path / 'theirs'}", overrides=FP32)
@@ -321,14 +467,12 @@ def test_timm(name: str, mesh: MeshFactory, tmp_path: Path, record_property: Cal
             record_property(f"{size}", assert_same(forward(ours, images(size)), expected[size], f"{name} {size}"))
         convert.save(ours, "timm", tmp_path / "ours.safetensors", layout_name=case.layout)
         written = build(json.loads((tmp_path / "ours.json").read_text()))
-        written.load_state_dict(load_file(tmp_path / "ours.safetensors"), strict=True)
+        written.load_state_dict(safetensors.torch.load_file(tmp_path / "ours.safetensors"), strict=True)
         for size in (NATIVE, OBLONG):
             assert_same(outputs_of_timm(written.eval(), images(size)), expected[size], f"{name} written, {size}")
         assert same_parameters(ours, convert.load(convert.open_source(f"timm:{tmp_path / 'ours.safetensors'}")))
 
 
-BIASES = {"norm_bias": True, "qkv_bias": True, "proj_bias": True}
-SEQUENTIAL = {"block": "sequential", "norm": "layer", "qk_norm": "none", **BIASES}
 OURS: dict[str, dict[str, Any]] = {
     "ViT-22B": {},  # the defaults are its architecture
     "ViT-22B with class token and registers": {"class_token": True, "num_registers": 2, "pool": "cls"},
@@ -342,14 +486,12 @@ OURS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OURS)
 def test_timm_computes_what_our_own_models_do(name: str, mesh: MeshFactory, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     config = ours_like(OURS[name])
     with mesh():
         ours = random_ours(config)
         convert.save(ours, "timm", tmp_path / "ours.safetensors")
         theirs = build(json.loads((tmp_path / "ours.json").read_text()))
-        theirs.load_state_dict(load_file(tmp_path / "ours.safetensors"), strict=True)
+        theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "ours.safetensors"), strict=True)
         for size in (NATIVE, OBLONG):
             assert_same(forward(ours, images(size)), outputs_of_timm(theirs.eval(), images(size)), f"{name} {size}")
         assert same_parameters(ours, convert.load(convert.open_source(f"timm:{tmp_path / 'ours.safetensors'}")))
