@@ -235,8 +235,10 @@ def save(
 
     metadata = {"format": "pt", METADATA: json.dumps(dataclasses.asdict(config))}
     description = layout.describe(config)
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        raise RecipeError(f"{path}: is there already; nothing is overwritten")
+    beside = [path.with_suffix(".json")] if library == "timm" else []
+    for each in (path, *beside):
+        if each.exists() and (each.is_file() or any(each.iterdir())):
+            raise RecipeError(f"{each}: is there already; nothing is overwritten")
     if library == "hf":
         path.mkdir(parents=True, exist_ok=True)
         write_sharded_safetensors(path, shapes, value, metadata)

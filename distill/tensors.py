@@ -32,9 +32,10 @@ def open_tensors(path: Path) -> Tensors:
     Raises `RecipeError` where there is none, or a file is damaged.
     """
     if path.is_dir():
-        files = [path / INDEX] if (path / INDEX).exists() else sorted(path.glob("*.safetensors"))
+        usual = [path / name for name in (INDEX, "model.safetensors") if (path / name).exists()]
+        files = usual[:1] or sorted(path.glob("*.safetensors"))
         if len(files) != 1:
-            raise RecipeError(f"{path}: holds {len(files)} .safetensors files and no {INDEX}; name the file")
+            raise RecipeError(f"{path}: holds {len(files)} .safetensors files, none of the usual name; name the file")
         path = files[0]
     if not path.is_file():
         raise RecipeError(f"{path}: no such file")

@@ -6,8 +6,8 @@
 --from: a work directory; hf:FOLDER_OR_ID, as transformers' save_pretrained writes it or the hub has it; timm:FILE,
         FOLDER or ID; npz:FILE, as big_vision publishes. Of files in several shards only what a device needs is read.
 --to:   a work directory, which recipe.json and a checkpoint make; hf:FOLDER; timm:FILE.safetensors, with a .json of
-        the class's arguments beside it; npz:FILE, as big_vision reads it; stablehlo:FILE, with FILE.safetensors.
-        Nothing is overwritten.
+        the class's arguments beside it (distill/layouts/timm.py says how timm builds the model); npz:FILE, as
+        big_vision reads it; stablehlo:FILE, with FILE.safetensors. Nothing is overwritten.
 
 What config.json and the tensors do not tell, such as the number of heads of a bare file of timm's, is asked for:
 --config.model.num_heads=12. The same way any field of the model, and data.mean, data.std and data.eval_crop_fraction,

@@ -34,7 +34,7 @@ from distill import convert  # noqa: E402
 from distill.layouts import LAYOUTS  # noqa: E402
 from distill.layouts.tables import their_shapes  # noqa: E402
 
-TOLERANCE = 1e-4  # of values of up to about 5, in fp32
+TOLERANCE = 1e-5  # of values of up to about 5, in fp32; the largest difference seen is 2.4e-6
 NATIVE, OBLONG = (32, 32), (48, 24)
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGE = {"image_size": 32, "patch_size": 8}

@@ -1,7 +1,12 @@
 """timm's VisionTransformer (ViT, DeiT III, DINOv2, SigLIP), with its block or ViT-22B's, and its Eva (EVA-02, DINOv3).
 
-A description holds 'model_args', the class's arguments, and 'classes': those whose value is a class, by its name and
-its own arguments.
+A description holds 'class', 'model_args', its arguments, and 'classes': those whose value is a class again, by name and
+with arguments of its own. It is built by
+
+    def named(path): module, _, name = path.rpartition("."); return getattr(importlib.import_module(module), name)
+    classes = {key: functools.partial(named(path), **args) for key, (path, args) in description["classes"].items()}
+    model = named(description["class"])(**description["model_args"], **classes)
+    model.load_state_dict(safetensors.torch.load_file(FILE))
 """
 
 import math
