@@ -13,165 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import get_abstract_mesh, get_mesh, use_abstract_mesh
+from jax.sharding import get_mesh
 
 from distill.layouts import LAYOUTS
-from distill.layouts.tables import (
-    Layout,
-    Published,
-    Rule,
-    check_tensors,
-    check_zeros,
-    expand,
-    read,
-    their_shapes,
-    write,
-)
-from distill.tensors import open_tensors, write_npz, write_safetensors, write_sharded_safetensors
+from distill.layouts.tables import Layout, Rule, expand, read, their_shapes, write
+from distill.tensors import write_npz, write_safetensors, write_sharded_safetensors
+from distill.weights import METADATA, Source, abstract, checked_rules
 from vit22b.checkpoint import Checkpoints
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
 from vit22b.model import ViT
 from vit22b.names import named_leaves
-from vit22b.sharding import abstract_mesh, check_model_divisibility, concrete
+from vit22b.sharding import concrete
 from vit22b.workdir import open_workdir, read_recipe
-
-METADATA = "vit22b"  # key of our own configuration in a safetensors file that we wrote
-LIBRARIES = ("hf", "timm", "npz")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """Weights of another library, none of which has been read yet."""
-
-    layout: Layout
-    config: ModelConfig
-    arrays: Mapping[str, np.ndarray]
-    rules: list[Rule]
-    preprocessing: dict[str, Any]  # fields of `DataConfig`, as far as they are known
-
-
-def open_source(spec: str, layout: str | None = None, overrides: dict[str, Any] | None = None) -> Source:
-    """What `spec` names: 'hf:FOLDER_OR_ID', 'timm:FILE_OR_FOLDER_OR_ID' or 'npz:FILE', as `layout` or what fits it.
-
-    `overrides` are fields of `ModelConfig` that win over the description. Raises `RecipeError` for weights of no known
-    layout, a configuration that is not known in full, and tensors that are missing, unexpected, of another shape, or
-    have no place in our model.
-    """
-    library, name = split(spec)
-    path = fetch(library, name)
-    tensors = open_tensors(path)
-    folder = path if path.is_dir() else path.parent
-    info = read_json(folder / "config.json") if library != "npz" else {}
-    if path.suffix == ".safetensors" and path.with_suffix(".json").exists():
-        info = read_json(path.with_suffix(".json"))
-    published = Published(info, {key: array.shape for key, array in tensors.arrays.items()})
-    found = choose(library, published, layout)
-    arrays = {key: tensors.arrays[key] for key in published.shapes if not key.startswith(found.others)}
-    published = Published(info, {key: published.shapes[key] for key in arrays})
-    config = configuration(found, published, tensors.metadata, overrides or {})
-    rules = checked_rules(found, config, published)
-    check_zeros(rules, arrays, config)
-    return Source(layout=found, config=config, arrays=arrays, rules=rules, preprocessing=preprocessing(folder, info))
-
-
-def split(spec: str) -> tuple[str, str]:
-    """'hf:NAME' as its two parts."""
-    library, _, name = spec.partition(":")
-    if library not in LIBRARIES or not name:
-        raise RecipeError(f"{spec}: needs hf:FOLDER_OR_ID, timm:FILE_OR_FOLDER_OR_ID or npz:FILE")
-    return library, name
-
-
-def fetch(library: str, name: str) -> Path:
-    """The local file or folder; what is none is taken for a repository of the Hugging Face hub and downloaded."""
-    path = Path(name)
-    if path.exists():
-        return path
-    if library == "npz" or path.suffix or name.count("/") != 1:
-        raise RecipeError(f"{name}: no such file or folder")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    except ImportError as error:
-        raise RecipeError(f"{name}: no such folder; to download it run pip install huggingface_hub") from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"{name}: no such folder, and not from the hub ({reason})") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RecipeError(f"{path}: not JSON ({error})") from error
-
-
-def choose(library: str, published: Published, name: str | None) -> Layout:
-    """The layout of that name, or the first that recognises the weights."""
-    names = [each for each in LAYOUTS if each.startswith(f"{library}-")]
-    if name is not None:
-        if name not in names:
-            raise RecipeError(f"--layout={name}: choose one of {', '.join(names)}")
-        return LAYOUTS[name]
-    for each in names:
-        if LAYOUTS[each].recognises(published):
-            return LAYOUTS[each]
-    kind = published.info.get("model_type", "no model_type")
-    raise RecipeError(f"weights of no known layout ({kind} in config.json); --layout takes {', '.join(names)}")
-
-
-def configuration(
-    layout: Layout, published: Published, metadata: dict[str, str], overrides: dict[str, Any]
-) -> ModelConfig:
-    """Our configuration: as we wrote it into the file ourselves, or from the description and the shapes."""
-    names = [field.name for field in dataclasses.fields(ModelConfig)]
-    if METADATA in metadata:
-        known = {name: value for name, value in json.loads(metadata[METADATA]).items() if name in names}
-    else:
-        try:
-            known = layout.config(published)
-        except KeyError as error:
-            raise RecipeError(f"{layout.name}: neither config.json nor the tensors have {error}") from error
-    known |= overrides
-    required = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING]
-    required += ["image_size", "patch_size"]
-    for name in required:
-        if name not in known:
-            raise RecipeError(f"model.{name}: neither config.json nor the tensors tell it; give --config.model.{name}=")
-    config = ModelConfig(**known)
-    config.validate()
-    return config
-
-
-def abstract(config: ModelConfig) -> ViT:
-    """Shapes and shardings of a model on the mesh in force, which may be abstract."""
-    return jax.eval_shape(lambda: ViT(config, jax.random.key(0)))
-
-
-def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of our parameters by name. Raises `RecipeError` where a mesh in force does not divide the model."""
-    mesh = get_abstract_mesh()
-    if mesh.empty:
-        with use_abstract_mesh(abstract_mesh((1, 1, 1))):
-            return our_shapes(config)
-    check_model_divisibility(config, mesh.shape["data"], mesh.shape["model"])
-    return {name: leaf.shape for name, leaf in named_leaves(abstract(config)).items()}
-
-
-def checked_rules(layout: Layout, config: ModelConfig, published: Published | None) -> list[Rule]:
-    """The layout's rules, which have a place for each of our parameters and, if published, each tensor of theirs."""
-    rules, ours = layout.rules(config, published), our_shapes(config)
-    placed = {rule.ours for rule in rules if rule.ours}
-    unknown = sorted(placed - ours.keys()) + sorted(ours.keys() - placed)
-    if unknown:
-        raise RecipeError(f"{layout.name}: has no place for {', '.join(unknown)} with this configuration")
-    if published is not None:
-        check_tensors(rules, their_shapes(rules, ours, config), published.shapes, config)
-    return rules
 
 
 def load(source: Source, dtype: Any = jnp.float32) -> ViT:
@@ -296,21 +149,6 @@ def check_unplaced(rules: list[Rule], parameters: Mapping[str, jax.Array], layou
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def preprocessing(folder: Path, info: dict[str, Any]) -> dict[str, Any]:
-    """'mean' and 'std', and 'eval_crop_fraction' where images are cropped, as fields of `DataConfig`."""
-    processor, known = read_json(folder / "preprocessor_config.json"), {}
-    cfg = info.get("pretrained_cfg") or {}
-    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        value = processor.get(theirs, cfg.get(ours))
-        if value is not None:
-            known[ours] = tuple(float(v) for v in value)
-    resized, cropped = processor.get("size") or {}, processor.get("crop_size") or {}
-    fraction = cfg.get("crop_pct")
-    if "shortest_edge" in resized and "height" in cropped:
-        fraction = cropped["height"] / resized["shortest_edge"]
-    return known | ({"eval_crop_fraction": float(fraction)} if fraction else {})
 
 
 def described_preprocessing(config: ModelConfig, data: Mapping[str, Any]) -> dict[str, Any]:

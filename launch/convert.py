@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax
 
-from distill import convert, stablehlo
+from distill import convert, stablehlo, weights
 from launch.command_line import flag_parser
 from vit22b import memory, sharding
 from vit22b.config import DataConfig, MeshConfig, ModelConfig, RecipeError, check
@@ -104,13 +104,13 @@ def run(argv: list[str]) -> None:
 def read(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]) -> tuple[ViT, dict[str, Any]]:
     """The model on the mesh in force, and the fields of its preprocessing."""
     source = arguments.source
-    if source.split(":")[0] not in convert.LIBRARIES:
+    if source.split(":")[0] not in weights.LIBRARIES:
         if overrides["model"]:
             raise RecipeError(f"--config.model.{next(iter(overrides['model']))}: a work directory tells its own")
         model, recipe = convert.load_workdir(Path(source))
         print(f"{source}: {describe(model)}")
         return model, {name: getattr(recipe.data, name) for name in PREPROCESSING} | overrides["data"]
-    opened = convert.open_source(source, arguments.layout, overrides["model"])
+    opened = weights.open_source(source, arguments.layout, overrides["model"])
     data = opened.preprocessing | overrides["data"]
     for name in ("mean", "std"):
         if name not in data:
@@ -123,7 +123,7 @@ def read(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]) ->
 
 def check_memory(config: ModelConfig) -> None:
     """Raises `RecipeError` where the parameters alone exceed the devices' memory."""
-    needed, available = sharding.bytes_per_device(convert.abstract(config)), memory.device_memory(jax.devices()[0])
+    needed, available = sharding.bytes_per_device(weights.abstract(config)), memory.device_memory(jax.devices()[0])
     check(
         needed <= available,
         "model.width",
@@ -143,8 +143,8 @@ def write(model: ViT, data: dict[str, Any], arguments: argparse.Namespace) -> No
     if library == "stablehlo":
         stablehlo.export(model, Path(name), arguments.batch_size)
         print(f"{arguments.target}: written for batches of {arguments.batch_size}")
-    elif library in convert.LIBRARIES:
-        layout = arguments.layout if arguments.source.split(":")[0] not in convert.LIBRARIES else None
+    elif library in weights.LIBRARIES:
+        layout = arguments.layout if arguments.source.split(":")[0] not in weights.LIBRARIES else None
         print(f"{arguments.target}: written as {convert.save(model, library, Path(name), data, layout).name}")
     else:
         folder = Path(arguments.target)

@@ -19,10 +19,10 @@ import pytest
 from conftest import MeshFactory, abstract_model
 from jax.sharding import get_mesh
 
-from distill import convert
+from distill import convert, weights
 from distill.layouts import LAYOUTS
-from distill.layouts.tables import Published, check_tensors, their_shapes
-from distill.tensors import open_tensors, write_npz, write_safetensors, write_sharded_safetensors
+from distill.layouts.tables import read, their_shapes
+from distill.tensors import open_tensors, write_safetensors
 from launch import convert as program
 from vit22b import step
 from vit22b.checkpoint import Checkpoints
@@ -117,7 +117,7 @@ def test_every_layout_has_a_configuration_here() -> None:
 def test_a_round_trip_through_files_is_bitwise(layout: str, fields: dict, mesh: MeshFactory, tmp_path: Path) -> None:
     with mesh():
         model, spec = written(layout, fields, tmp_path)
-        source = convert.open_source(spec, overrides={"matmul": "fp32"})
+        source = weights.open_source(spec, overrides={"matmul": "fp32"})
         assert source.layout.name == layout
         assert_same(convert.load(source), model)
         if not spec.startswith("npz"):  # which holds no description: what no tensor tells is not known
@@ -153,7 +153,7 @@ def test_eight_devices_load_what_one_does(
     with mesh():
         model, spec = written(layout, EXPRESSIBLE[layout][0], tmp_path)
     with mesh(*shape) as m:
-        loaded = convert.load(convert.open_source(spec))
+        loaded = convert.load(weights.open_source(spec))
         wanted = named_leaves(concrete(abstract_model(loaded.config), m))
         for name, leaf in named_leaves(loaded).items():
             assert leaf.sharding == wanted[name].sharding, name
@@ -166,7 +166,7 @@ def test_eight_devices_write_what_one_does(layout: str, mesh: MeshFactory, tmp_p
         _, spec = written(layout, EXPRESSIBLE[layout][0], tmp_path)
     library, _, path = spec.partition(":")
     with mesh(2, 2, 2):
-        model = convert.load(convert.open_source(spec))
+        model = convert.load(weights.open_source(spec))
         other = tmp_path / "other.safetensors" if library == "timm" else tmp_path / "other"
         convert.save(model, library, other)
     one, eight = open_tensors(Path(path)), open_tensors(other)
@@ -182,22 +182,22 @@ def test_a_devices_part_is_read_without_the_rest(mesh: MeshFactory, tmp_path: Pa
         pytest.skip("needs Linux's count of mapped pages")
     config = config_of(EXPRESSIBLE["hf-siglip"][0] | {"width": 2048, "mlp_dim": 8192, "depth": 8})
     layout = LAYOUTS["hf-siglip"]
-    shapes = their_shapes(layout.rules(config, None), convert.our_shapes(config), config)
+    shapes = their_shapes(layout.rules(config, None), weights.our_shapes(config), config)
     (tmp_path / "config.json").write_text(json.dumps(layout.describe(config)))
     size = write_holes(tmp_path / "model.safetensors", shapes)
     assert size > 1.5e9
-    source = convert.open_source(f"hf:{tmp_path}")
+    source = weights.open_source(f"hf:{tmp_path}")
     # A 64th of one matrix of the MLP in all layers, rows and columns apart, as on a mesh of 8 x 8.
     index = (slice(0, 8), slice(256, 512), slice(1024, 2048))
     before = mapped_bytes()
-    part = convert.read(source.rules, "blocks/mlp/out", index, (8, 8192, 2048), source.arrays, source.config)
+    part = read(source.rules, "blocks/mlp/out", index, (8, 8192, 2048), source.arrays, source.config)
     assert part.shape == (8, 256, 1024)
     # Columns of theirs are 1 KB of each row of 32 KB, in pages of 4 KB.
     assert mapped_bytes() - before < 8 * 1024 * 2 * 65536
     assert mapped_bytes() - before < size / 2
     rows = (slice(0, 8), slice(0, 2048), slice(1024, 1280))  # which are contiguous in theirs
     before = mapped_bytes()
-    convert.read(source.rules, "blocks/mlp/up", rows, (8, 2048, 8192), source.arrays, source.config)
+    read(source.rules, "blocks/mlp/up", rows, (8, 2048, 8192), source.arrays, source.config)
     assert mapped_bytes() - before < 1.2 * 8 * 2048 * 256 * 4
 
 
@@ -235,8 +235,8 @@ def test_sources_of_other_precision_are_read_as_they_are(dtype: Any, mesh: MeshF
             content += raw
         text = json.dumps(header).encode()
         (tmp_path / "other.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content)
-        loaded = convert.load(convert.open_source(f"timm:{tmp_path / 'other.safetensors'}"))
-        original = convert.load(convert.open_source(spec))
+        loaded = convert.load(weights.open_source(f"timm:{tmp_path / 'other.safetensors'}"))
+        original = convert.load(weights.open_source(spec))
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(original), strict=True):
         assert a.dtype == np.float32
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b).astype(dtype).astype(np.float32))
@@ -245,7 +245,7 @@ def test_sources_of_other_precision_are_read_as_they_are(dtype: Any, mesh: MeshF
 def test_a_model_in_bf16_takes_half_and_computes_the_same_up_to_rounding(mesh: MeshFactory, tmp_path: Path) -> None:
     with mesh(1, 2, 2):
         _, spec = written("timm-vit", EXPRESSIBLE["timm-vit"][0], tmp_path)
-        source = convert.open_source(spec, overrides={"matmul": "bf16"})
+        source = weights.open_source(spec, overrides={"matmul": "bf16"})
         full, half = convert.load(source), convert.load(source, jnp.bfloat16)
         assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
         x = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
@@ -277,55 +277,7 @@ def test_npz_files_of_all_kinds_are_read(
         if root:  # SigLIP's file holds a text tower too
             arrays |= {"params/txt/head/bias": np.ones(3), "params/t": np.ones(1), "params/b": np.ones(1)}
         (np.savez_compressed if compressed else np.savez)(tmp_path / "other.npz", **arrays)
-        assert_same(convert.load(convert.open_source(f"npz:{tmp_path / 'other.npz'}")), model)
-
-
-def test_large_models_are_written_as_several_files_and_an_index(mesh: MeshFactory, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    arrays = {f"a{i}": rng.normal(size=(10, i + 1)).astype(np.float32) for i in range(6)}
-    write_sharded_safetensors(tmp_path, {k: v.shape for k, v in arrays.items()}, arrays.__getitem__, {}, max_bytes=400)
-    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    # 40 + 80 + 120 + 160 bytes; 200; 240
-    assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert open_tensors(tmp_path / files[0]).arrays.keys() == {"a0", "a1", "a2", "a3"}
-    read = open_tensors(tmp_path).arrays
-    assert read.keys() == arrays.keys()
-    for name, array in arrays.items():
-        np.testing.assert_array_equal(read[name], array)
-
-
-def test_safetensors_files_are_those_of_the_format(tmp_path: Path) -> None:
-    """Checked byte by byte: length, JSON, values in order, little-endian."""
-    a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.float32(7).reshape(())
-    path = tmp_path / "x.safetensors"
-    write_safetensors(path, {"a": (2, 3), "b": ()}, {"a": a, "b": b}.__getitem__, {"format": "pt"})
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    assert length % 8 == 0
-    header = json.loads(content[8 : 8 + length])
-    assert header == {
-        "__metadata__": {"format": "pt"},
-        "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
-        "b": {"dtype": "F32", "shape": [], "data_offsets": [24, 28]},
-    }
-    assert content[8 + length :] == a.tobytes() + b.tobytes()
-
-
-@pytest.mark.parametrize("damage", ["truncated", "no header", "index without file"])
-def test_a_damaged_file_is_answered_in_one_line(damage: str, tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    write_safetensors(path, {"a": (4,)}, lambda name: np.zeros(4), {})
-    if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:-4])
-    if damage == "no header":
-        path.write_bytes(b"\xff" * 100)
-    if damage == "index without file":
-        path = tmp_path / "model.safetensors.index.json"
-        path.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
-    with pytest.raises(RecipeError) as caught:
-        open_tensors(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+        assert_same(convert.load(weights.open_source(f"npz:{tmp_path / 'other.npz'}")), model)
 
 
 def changed(spec: str, change: Callable[[dict[str, np.ndarray]], None]) -> None:
@@ -358,7 +310,7 @@ def test_tensors_that_do_not_fit_are_named(change: Callable, message: str, mesh:
         _, spec = written("timm-vit", EXPRESSIBLE["timm-vit"][0], tmp_path)
         changed(spec, change)
         with pytest.raises(RecipeError, match=message):
-            convert.open_source(spec)
+            weights.open_source(spec)
 
 
 def test_what_has_no_place_must_be_zero_in_both_directions(mesh: MeshFactory, tmp_path: Path) -> None:
@@ -372,7 +324,7 @@ def test_what_has_no_place_must_be_zero_in_both_directions(mesh: MeshFactory, tm
         _, spec = written("timm-vit", EXPRESSIBLE["timm-vit"][1], tmp_path)  # without biases
         changed(spec, lambda arrays: arrays.__setitem__("blocks.1.attn.proj.bias", np.ones(32)))
         with pytest.raises(RecipeError, match=r"blocks.1.attn.proj.bias: is not zero"):
-            convert.open_source(spec)
+            weights.open_source(spec)
 
 
 def test_a_model_that_no_layout_expresses_is_answered_with_the_fields(mesh: MeshFactory, tmp_path: Path) -> None:
@@ -389,7 +341,7 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(mesh: MeshFactory, tmp
     with mesh():
         _, spec = written("hf-siglip", EXPRESSIBLE["hf-siglip"][0], tmp_path)
     with mesh(1, 1, 8), pytest.raises(RecipeError, match=r"mesh\.model=8: must divide model\.num_heads=4"):
-        convert.open_source(spec)
+        weights.open_source(spec)
 
 
 def test_nothing_is_overwritten(mesh: MeshFactory, tmp_path: Path) -> None:
@@ -410,8 +362,8 @@ def test_a_bare_file_of_timms_asks_for_what_no_tensor_tells(mesh: MeshFactory, t
         arrays = {name: np.array(array) for name, array in open_tensors(path).arrays.items()}
         write_safetensors(path, {k: v.shape for k, v in arrays.items()}, arrays.__getitem__, {})
         with pytest.raises(RecipeError, match=r"model.num_heads: neither .* tell it; give --config.model.num_heads="):
-            convert.open_source(spec)
-        loaded = convert.load(convert.open_source(spec, overrides={"num_heads": 4}))
+            weights.open_source(spec)
+        loaded = convert.load(weights.open_source(spec, overrides={"num_heads": 4}))
         assert_same(loaded, model)
 
 
@@ -481,215 +433,3 @@ def test_the_script_exits_with_status_2_and_one_line() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "error: nowhere.npz: no such file or folder"
-
-
-# Published config.json of models too large to build here, as far as it is read.
-DINOV3_7B = {
-    "model_type": "dinov3_vit", "hidden_size": 4096, "num_hidden_layers": 40, "num_attention_heads": 32,
-    "intermediate_size": 8192, "image_size": 224, "patch_size": 16, "num_register_tokens": 4, "use_gated_mlp": True,
-    "hidden_act": "silu", "layer_norm_eps": 1e-5, "layerscale_value": 1.0, "rope_theta": 100.0, "mlp_bias": True,
-    "proj_bias": True, "query_bias": False, "key_bias": False, "value_bias": False,
-}  # fmt: skip
-INTERNVIT_6B = {
-    "model_type": "intern_vit_6b", "hidden_size": 3200, "num_hidden_layers": 48, "num_attention_heads": 25,
-    "intermediate_size": 12800, "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-6, "norm_type": "rms_norm",
-    "hidden_act": "gelu", "initializer_factor": 0.1, "qk_normalization": True, "qkv_bias": False,
-}  # fmt: skip
-SIGLIP2_G = {
-    "model_type": "siglip",
-    "vision_config": {
-        "model_type": "siglip_vision_model", "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 40,
-        "num_attention_heads": 16, "image_size": 256, "patch_size": 16,
-    },
-}  # fmt: skip
-EVA02_L = {"architecture": "eva02_large_patch14_448", "num_classes": 1000, "global_pool": "avg"}
-
-
-def lines(text: str, depth: int, **sizes: int) -> dict[str, tuple[int, ...]]:
-    """'NAME D,F' a line as names and shapes; 'i' in a name is each layer."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for line in text.split("\n"):
-        if not line.strip():
-            continue
-        name, shape = line.split()
-        values = tuple(sizes[s] if s in sizes else int(s) for s in shape.split(","))
-        for i in range(depth) if ".i." in name else [0]:
-            shapes[name.replace(".i.", f".{i}.")] = values
-    return shapes
-
-
-REAL = {
-    "hf-dinov3": (
-        DINOV3_7B,
-        lines(
-            """
-            embeddings.cls_token 1,1,D
-            embeddings.mask_token 1,1,D
-            embeddings.register_tokens 1,4,D
-            embeddings.patch_embeddings.weight D,3,16,16
-            embeddings.patch_embeddings.bias D
-            layer.i.norm1.weight D
-            layer.i.norm1.bias D
-            layer.i.attention.q_proj.weight D,D
-            layer.i.attention.k_proj.weight D,D
-            layer.i.attention.v_proj.weight D,D
-            layer.i.attention.o_proj.weight D,D
-            layer.i.attention.o_proj.bias D
-            layer.i.layer_scale1.lambda1 D
-            layer.i.norm2.weight D
-            layer.i.norm2.bias D
-            layer.i.mlp.gate_proj.weight F,D
-            layer.i.mlp.gate_proj.bias F
-            layer.i.mlp.up_proj.weight F,D
-            layer.i.mlp.up_proj.bias F
-            layer.i.mlp.down_proj.weight D,F
-            layer.i.mlp.down_proj.bias D
-            layer.i.layer_scale2.lambda1 D
-            norm.weight D
-            norm.bias D
-            """,
-            40,
-            D=4096,
-            F=8192,
-        ),
-        6716e6,  # [Simeoni 2025, table 2]
-    ),
-    "hf-internvit": (
-        INTERNVIT_6B,
-        lines(
-            """
-            embeddings.class_embedding 1,1,D
-            embeddings.position_embedding 1,257,D
-            embeddings.patch_embedding.weight D,3,14,14
-            embeddings.patch_embedding.bias D
-            encoder.layers.i.norm1.weight D
-            encoder.layers.i.attn.qkv.weight Q,D
-            encoder.layers.i.attn.q_norm.weight D
-            encoder.layers.i.attn.k_norm.weight D
-            encoder.layers.i.attn.proj.weight D,D
-            encoder.layers.i.attn.proj.bias D
-            encoder.layers.i.ls1 D
-            encoder.layers.i.norm2.weight D
-            encoder.layers.i.mlp.fc1.weight F,D
-            encoder.layers.i.mlp.fc1.bias F
-            encoder.layers.i.mlp.fc2.weight D,F
-            encoder.layers.i.mlp.fc2.bias D
-            encoder.layers.i.ls2 D
-            """,
-            48,
-            D=3200,
-            F=12800,
-            Q=9600,
-        ),
-        5903e6,  # [Chen 2023, InternVL, table 1]
-    ),
-    "hf-siglip": (
-        SIGLIP2_G,
-        lines(
-            """
-            vision_model.embeddings.patch_embedding.weight D,3,16,16
-            vision_model.embeddings.patch_embedding.bias D
-            vision_model.embeddings.position_embedding.weight 256,D
-            vision_model.encoder.layers.i.layer_norm1.weight D
-            vision_model.encoder.layers.i.layer_norm1.bias D
-            vision_model.encoder.layers.i.layer_norm2.weight D
-            vision_model.encoder.layers.i.layer_norm2.bias D
-            vision_model.encoder.layers.i.self_attn.q_proj.weight D,D
-            vision_model.encoder.layers.i.self_attn.q_proj.bias D
-            vision_model.encoder.layers.i.self_attn.k_proj.weight D,D
-            vision_model.encoder.layers.i.self_attn.k_proj.bias D
-            vision_model.encoder.layers.i.self_attn.v_proj.weight D,D
-            vision_model.encoder.layers.i.self_attn.v_proj.bias D
-            vision_model.encoder.layers.i.self_attn.out_proj.weight D,D
-            vision_model.encoder.layers.i.self_attn.out_proj.bias D
-            vision_model.encoder.layers.i.mlp.fc1.weight F,D
-            vision_model.encoder.layers.i.mlp.fc1.bias F
-            vision_model.encoder.layers.i.mlp.fc2.weight D,F
-            vision_model.encoder.layers.i.mlp.fc2.bias D
-            vision_model.post_layernorm.weight D
-            vision_model.post_layernorm.bias D
-            vision_model.head.probe 1,1,D
-            vision_model.head.attention.in_proj_weight Q,D
-            vision_model.head.attention.in_proj_bias Q
-            vision_model.head.attention.out_proj.weight D,D
-            vision_model.head.attention.out_proj.bias D
-            vision_model.head.layernorm.weight D
-            vision_model.head.layernorm.bias D
-            vision_model.head.mlp.fc1.weight F,D
-            vision_model.head.mlp.fc1.bias F
-            vision_model.head.mlp.fc2.weight D,F
-            vision_model.head.mlp.fc2.bias D
-            """,
-            40,
-            D=1536,
-            F=6144,
-            Q=4608,
-        ),
-        1163e6,  # 1,132 M in the blocks [Alabdulmohsin 2023, g-opt], the pooling head, patches and positions
-    ),
-    "timm-eva": (
-        EVA02_L,
-        lines(
-            """
-            cls_token 1,1,D
-            pos_embed 1,1025,D
-            patch_embed.proj.weight D,3,14,14
-            patch_embed.proj.bias D
-            blocks.i.norm1.weight D
-            blocks.i.norm1.bias D
-            blocks.i.attn.q_proj.weight D,D
-            blocks.i.attn.q_proj.bias D
-            blocks.i.attn.k_proj.weight D,D
-            blocks.i.attn.v_proj.weight D,D
-            blocks.i.attn.v_proj.bias D
-            blocks.i.attn.proj.weight D,D
-            blocks.i.attn.proj.bias D
-            blocks.i.norm2.weight D
-            blocks.i.norm2.bias D
-            blocks.i.mlp.fc1_g.weight F,D
-            blocks.i.mlp.fc1_g.bias F
-            blocks.i.mlp.fc1_x.weight F,D
-            blocks.i.mlp.fc1_x.bias F
-            blocks.i.mlp.norm.weight F
-            blocks.i.mlp.norm.bias F
-            blocks.i.mlp.fc2.weight D,F
-            blocks.i.mlp.fc2.bias D
-            fc_norm.weight D
-            fc_norm.bias D
-            head.weight 1000,D
-            head.bias 1000
-            """,
-            24,
-            D=1024,
-            F=2730,
-        ),
-        305.1e6,  # timm's own table of EVA-02 L/14 at 448 px
-    ),
-}
-
-
-@pytest.mark.parametrize("layout", REAL)
-def test_models_of_billions_fit_by_shape(layout: str) -> None:
-    info, shapes, parameters = REAL[layout]
-    published = Published(info, shapes)
-    assert convert.choose(layout.split("-")[0], published, None).name == layout
-    config = convert.configuration(LAYOUTS[layout], published, {}, {})
-    rules = convert.checked_rules(LAYOUTS[layout], config, published)  # raises where any name or shape is another
-    ours = convert.our_shapes(config)
-    assert sum(np.prod(shape, dtype=np.int64) for shape in shapes.values()) == pytest.approx(parameters, rel=3e-3)
-    classifier = config.num_classes == 1
-    count = sum(int(np.prod(s)) for name, s in ours.items() if not (classifier and name.startswith("head_")))
-    assert count == pytest.approx(parameters, rel=3e-3)
-    broken = dict(shapes)
-    removed = sorted(broken)[len(broken) // 2]
-    del broken[removed]
-    with pytest.raises(RecipeError, match=f"missing: {removed}"):
-        check_tensors(rules, their_shapes(rules, ours, config), broken, config)
-
-
-def test_npz_arrays_of_two_bytes_are_bfloat16(tmp_path: Path) -> None:
-    values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    np.savez(tmp_path / "x.npz", a=values.astype(ml_dtypes.bfloat16))
-    write_npz(tmp_path / "y.npz", {"a": (2, 3)}, lambda name: values)
-    for name in ("x.npz", "y.npz"):
-        np.testing.assert_array_equal(open_tensors(tmp_path / name).arrays["a"].astype(np.float32), values)

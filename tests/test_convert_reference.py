@@ -30,7 +30,7 @@ timm = pytest.importorskip("timm", reason=NEEDED)
 
 import safetensors.torch  # noqa: E402
 
-from distill import convert  # noqa: E402
+from distill import convert, weights  # noqa: E402
 from distill.layouts import LAYOUTS  # noqa: E402
 from distill.layouts.tables import their_shapes  # noqa: E402
 
@@ -244,7 +244,7 @@ def test_transformers(name: str, mesh: MeshFactory, tmp_path: Path, record_prope
     theirs = randomised(case.make())
     theirs.save_pretrained(tmp_path / "theirs")
     with mesh():
-        source = convert.open_source(f"hf:{tmp_path / 'theirs'}", overrides=FP32)
+        source = weights.open_source(f"hf:{tmp_path / 'theirs'}", overrides=FP32)
         assert source.layout.name == case.layout
         ours = convert.load(source)
         expected = {}
@@ -260,7 +260,7 @@ def test_transformers(name: str, mesh: MeshFactory, tmp_path: Path, record_prope
             arguments = case.arguments if size != NATIVE else {}
             again = outputs_of_transformers(written.eval(), images(size), arguments)
             assert_same(again, expected[size], f"{name} written, {size}")
-        assert same_parameters(ours, convert.load(convert.open_source(f"hf:{tmp_path / 'ours'}")))
+        assert same_parameters(ours, convert.load(weights.open_source(f"hf:{tmp_path / 'ours'}")))
 
 
 @pytest.mark.parametrize("grid", [(4, 4), (2, 8), (5, 3)], ids=str)
@@ -281,7 +281,7 @@ def test_siglip2_naflex_of_any_grid(grid: tuple[int, int], mesh: MeshFactory, tm
         return {"tokens": output.last_hidden_state.numpy(), "pooled": output.pooler_output.numpy()}
 
     with mesh():
-        source = convert.open_source(f"hf:{tmp_path / 'theirs'}", overrides=FP32)
+        source = weights.open_source(f"hf:{tmp_path / 'theirs'}", overrides=FP32)
         assert source.layout.name == "hf-siglip2-naflex"
         ours = convert.load(source)
         expected = outputs(theirs)
@@ -302,7 +302,7 @@ def test_siglip_is_found_within_the_model_of_both_towers(mesh: MeshFactory, tmp_
     with torch.no_grad():
         output = theirs.vision_model(torch.from_numpy(images(NATIVE)).permute(0, 3, 1, 2))
     with mesh():
-        ours = convert.load(convert.open_source(f"hf:{tmp_path}", overrides=FP32))
+        ours = convert.load(weights.open_source(f"hf:{tmp_path}", overrides=FP32))
         assert_same(forward(ours, images(NATIVE)), {"pooled": output.pooler_output.numpy()}, "image tower")
 
 
@@ -332,7 +332,7 @@ def test_internvit_of_opengvlab_is_that_of_transformers_by_other_names(mesh: Mes
     description |= {"layer_norm_eps": 1e-6, "qk_normalization": True, "qkv_bias": False, "initializer_factor": 0.1}
     (tmp_path / "config.json").write_text(json.dumps(description))
     with mesh():
-        source = convert.open_source(f"hf:{tmp_path}", overrides=FP32)
+        source = weights.open_source(f"hf:{tmp_path}", overrides=FP32)
         assert source.layout.name == "hf-internvit"
         ours = convert.load(source)
         for size in (NATIVE, OBLONG):
@@ -444,7 +444,7 @@ def test_models_of_billions_have_the_librarys_shapes(name: str) -> None:
     config = ModelConfig(**{"image_size": 224, "patch_size": 14} | fields)
     rules = LAYOUTS[layout].rules(config, None)
     LAYOUTS[layout].check_expresses(config)
-    shapes = their_shapes(rules, convert.our_shapes(config), config)
+    shapes = their_shapes(rules, weights.our_shapes(config), config)
     if layout == "timm-eva" and config.learns_positions:  # written without the class token's, published with it
         shapes["pos_embed"] = (1, config.grid**2 + 1, config.width)
     assert sorted(shapes.values()) == of_meta(make)
@@ -458,7 +458,7 @@ def test_timm(name: str, mesh: MeshFactory, tmp_path: Path, record_property: Cal
     safetensors.torch.save_file(theirs.state_dict(), tmp_path / "theirs" / "model.safetensors")
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(case.info))
     with mesh():
-        source = convert.open_source(f"timm:{tmp_path / 'theirs'}", overrides=FP32)
+        source = weights.open_source(f"timm:{tmp_path / 'theirs'}", overrides=FP32)
         assert source.layout.name == case.layout
         ours = convert.load(source)
         expected = {}
@@ -470,7 +470,7 @@ def test_timm(name: str, mesh: MeshFactory, tmp_path: Path, record_property: Cal
         written.load_state_dict(safetensors.torch.load_file(tmp_path / "ours.safetensors"), strict=True)
         for size in (NATIVE, OBLONG):
             assert_same(outputs_of_timm(written.eval(), images(size)), expected[size], f"{name} written, {size}")
-        assert same_parameters(ours, convert.load(convert.open_source(f"timm:{tmp_path / 'ours.safetensors'}")))
+        assert same_parameters(ours, convert.load(weights.open_source(f"timm:{tmp_path / 'ours.safetensors'}")))
 
 
 OURS: dict[str, dict[str, Any]] = {
@@ -494,7 +494,7 @@ def test_timm_computes_what_our_own_models_do(name: str, mesh: MeshFactory, tmp_
         theirs.load_state_dict(safetensors.torch.load_file(tmp_path / "ours.safetensors"), strict=True)
         for size in (NATIVE, OBLONG):
             assert_same(forward(ours, images(size)), outputs_of_timm(theirs.eval(), images(size)), f"{name} {size}")
-        assert same_parameters(ours, convert.load(convert.open_source(f"timm:{tmp_path / 'ours.safetensors'}")))
+        assert same_parameters(ours, convert.load(weights.open_source(f"timm:{tmp_path / 'ours.safetensors'}")))
 
 
 @pytest.mark.parametrize("pool", ["map", "gap", "cls"])
@@ -510,7 +510,7 @@ def test_timm_reads_the_npz_that_we_write_as_big_visions(pool: str, mesh: MeshFa
         theirs.load_pretrained(str(tmp_path / "ours.npz"))
         expected = outputs_of_timm(theirs.eval(), images(NATIVE))
         assert_same(forward(ours, images(NATIVE)), expected, pool)
-        loaded = convert.load(convert.open_source(f"npz:{tmp_path / 'ours.npz'}", overrides=FP32))
+        loaded = convert.load(weights.open_source(f"npz:{tmp_path / 'ours.npz'}", overrides=FP32))
         assert same_parameters(ours, loaded)
 
 

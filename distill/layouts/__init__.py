@@ -1,6 +1,6 @@
 """The layouts there are. Of several that fit the first is taken."""
 
-from distill.layouts import big_vision, huggingface, internvit, siglip, timm
+from distill.layouts import big_vision, huggingface, internvit, siglip, timm_eva, timm_vit
 from distill.layouts.tables import Layout
 
 LAYOUTS: dict[str, Layout] = {
@@ -13,9 +13,9 @@ LAYOUTS: dict[str, Layout] = {
         siglip.NAFLEX,
         internvit.TRANSFORMERS,
         internvit.OWN,
-        timm.PARALLEL,
-        timm.VIT,
-        timm.EVA,
+        timm_vit.PARALLEL,
+        timm_vit.VIT,
+        timm_eva.EVA,
         big_vision.BIG_VISION,
     )
 }

@@ -109,9 +109,11 @@ class Table:
             start += size
 
     def norm(self, theirs: str, ours: str, size: int) -> None:
-        """A norm's '.weight', and its '.bias', which every centred norm of theirs has."""
+        """A norm's '.weight', and its '.bias', which every centred norm of theirs has and no other."""
+        centred = self.config.norm == "layer"
+        check(centred or not self.config.norm_bias, "model.norm_bias", "true", "no library has it without norm='layer'")
         self.add(f"{theirs}.weight", f"{ours}/scale")
-        if self.config.norm == "layer" or self.config.norm_bias:
+        if centred:
             self.bias(f"{theirs}.bias", f"{ours}/bias", self.config.norm_bias, size)
 
     def class_token(self, token: str, registers: str) -> None:
