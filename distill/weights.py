@@ -167,6 +167,8 @@ def preprocessing(folder: Path, info: dict[str, Any]) -> dict[str, Any]:
             known[ours] = tuple(float(v) for v in value)
     resized, cropped = processor.get("size") or {}, processor.get("crop_size") or {}
     fraction = cfg.get("crop_pct")
-    if "shortest_edge" in resized and "height" in cropped:
+    if "height" in resized and not processor.get("do_center_crop", False):
+        fraction = 1.0
+    elif "shortest_edge" in resized and "height" in cropped:
         fraction = cropped["height"] / resized["shortest_edge"]
     return known | ({"eval_crop_fraction": float(fraction)} if fraction else {})

@@ -367,6 +367,32 @@ def test_a_bare_file_of_timms_asks_for_what_no_tensor_tells(mesh: MeshFactory, t
         assert_same(loaded, model)
 
 
+@pytest.mark.parametrize(
+    ("processor", "info", "expected"),
+    [
+        (
+            {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3], "size": {"shortest_edge": 256},
+             "crop_size": {"height": 224, "width": 224}, "do_center_crop": True},
+            {}, {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0), "eval_crop_fraction": 0.875},
+        ),
+        (
+            {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 384, "width": 384}},
+            {}, {"mean": (0.5,) * 3, "std": (0.5,) * 3, "eval_crop_fraction": 1.0},
+        ),
+        (
+            {}, {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3], "crop_pct": 0.9}},
+            {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0), "eval_crop_fraction": 0.9},
+        ),
+        ({}, {}, {}),
+    ],
+    ids=["crop", "resize", "timm", "nothing"],
+)  # fmt: skip
+def test_preprocessing_is_that_of_the_description(processor: dict, info: dict, expected: dict, tmp_path: Path) -> None:
+    if processor:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    assert weights.preprocessing(tmp_path, info) == expected
+
+
 def test_a_run_is_written_with_its_moving_average(mesh: MeshFactory, tmp_path: Path) -> None:
     recipe = Recipe(
         name="t", total_steps=2, batch_size=8, model=config_of({}), optim=OptimConfig(ema_decay=0.9),

@@ -18,7 +18,7 @@ import pytest
 from conftest import MeshFactory, abstract_model
 from jax.sharding import get_mesh
 
-from vit22b.config import ModelConfig
+from vit22b.config import ModelConfig, RecipeError
 from vit22b.model import ViT, resample
 from vit22b.names import named_leaves
 from vit22b.sharding import concrete
@@ -32,7 +32,7 @@ import safetensors.torch  # noqa: E402
 
 from distill import convert, weights  # noqa: E402
 from distill.layouts import LAYOUTS  # noqa: E402
-from distill.layouts.tables import their_shapes  # noqa: E402
+from distill.layouts.tables import Published, their_shapes  # noqa: E402
 
 TOLERANCE = 1e-5  # of values of up to about 5, in fp32; the largest difference seen is 2.4e-6
 NATIVE, OBLONG = (32, 32), (48, 24)
@@ -448,6 +448,44 @@ def test_models_of_billions_have_the_librarys_shapes(name: str) -> None:
     if layout == "timm-eva" and config.learns_positions:  # written without the class token's, published with it
         shapes["pos_embed"] = (1, config.grid**2 + 1, config.width)
     assert sorted(shapes.values()) == of_meta(make)
+
+
+def architectures() -> list[str]:
+    """Of timm, by name: the families that we read, and others that look like them."""
+    found: dict[str, None] = {}
+    for pattern in ("deit3_*", "vit_*dinov2", "vit_*dinov3*", "vit_*siglip*", "eva02_*", "vit_*_224", "vit_*_384"):
+        found |= dict.fromkeys(timm.list_models(pattern))
+    return list(found)
+
+
+def test_what_an_architectures_name_must_tell_is_what_timm_builds() -> None:
+    """Every architecture is either refused, or read with timm's heads, epsilon, activation, norms and pooling."""
+    read = []
+    for name in architectures():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        info = {"architecture": name, "global_pool": model.global_pool, "pretrained_cfg": dict(model.pretrained_cfg)}
+        published = Published(info, {key: tuple(value.shape) for key, value in model.state_dict().items()})
+        try:
+            layout = weights.choose("timm", published, None)
+            config = weights.configuration(layout, published, {}, {})
+            weights.checked_rules(layout, config, published)
+        except RecipeError:
+            continue
+        block = model.blocks[0]
+        activation = type(block.mlp.act).__name__
+        norms = {"tokens": model.norm, "pooled": model.fc_norm}
+        assert config.num_heads == block.attn.num_heads, name
+        assert config.norm_epsilon == block.norm1.eps, name
+        assert config.mlp == {"GELU": "gelu", "GELUTanh": "gelu_tanh", "SiLU": "swiglu"}[activation], name
+        assert config.grid == model.patch_embed.grid_size[0], name
+        assert {"avg": "gap", "token": "cls", "map": "map"}[model.global_pool] == config.pool, name
+        for place, norm in norms.items():
+            assert isinstance(norm, torch.nn.Identity) == (config.final_norm != place), name
+        read.append(name)
+    assert len(read) >= 85
+    for family in ("deit3_base", "dinov2", "reg4_dinov2", "dinov3", "7b", "siglip_384", "giantopt", "eva02_large"):
+        assert any(family in name for name in read), family
 
 
 @pytest.mark.parametrize("name", TIMM)

@@ -10,14 +10,22 @@ with arguments of its own. It is built by
 """
 
 import math
+import re
 from typing import Any
 
 from distill.layouts.tables import CONVOLUTION, TRANSPOSE, Published, Table
-from vit22b.config import ModelConfig
+from vit22b.config import ModelConfig, RecipeError
 
 POOLS = {"gap": "avg", "cls": "token", "map": "map"}
 # Heads by the size in an architecture's name, as 'vit_base_patch16_224'; they show in no tensor's shape.
-HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "so400m": 16, "huge": 16, "gigantic": 16, "giantopt": 16}
+HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16, "so400m": 16, "huge": 16, "giant": 16, "gigantic": 16}
+HEADS |= {"giantopt": 16, "small_plus": 6, "huge_plus": 20, "7b": 32}
+FAMILIES = re.compile(
+    r"(?:vit|deit3|eva02)_(\w+)_patch\d+_(\d+|(?:reg4_)?dinov2|dinov3(?:_qkvb)?|siglip(?:_gap)?_\d+)$"
+)
+UNLIKE = re.compile(
+    r"rpn|quickgelu"
+)  # in names of architectures whose tensors look the same, but not what they compute
 
 
 def embedding(table: Table) -> None:
@@ -77,19 +85,18 @@ def heads(published: Published, width: int) -> dict[str, int]:
         return {"num_heads": args["num_heads"]}
     if "blocks.0.attn.q_norm.weight" in published.shapes:
         return {"num_heads": width // published.shapes["blocks.0.attn.q_norm.weight"][0]}
-    name = info.get("architecture", "")
-    for size, count in HEADS.items():
-        if f"_{size}_" in name and "dinov3" not in name:
-            return {"num_heads": count}
-    if "_giant_" in name:
-        return {"num_heads": 24 if "dinov2" in name else 16}
-    dinov3 = {"small": 6, "small_plus": 6, "base": 12, "large": 16, "huge_plus": 20, "7b": 32}
-    return next(({"num_heads": n} for size, n in dinov3.items() if f"vit_{size}_patch16_dinov3" in name), {})
+    found = FAMILIES.match(info.get("architecture", ""))
+    if not found or found[1] not in HEADS:
+        return {}
+    size, family = found.groups()
+    return {"num_heads": 24 if (size, family[-6:]) == ("giant", "dinov2") else HEADS[size]}
 
 
 def fields(published: Published) -> dict[str, Any]:
     """What the tensors' names and shapes tell of every model of timm's."""
     shapes, args, name = published.shapes, arguments(published.info), published.info.get("architecture", "")
+    if UNLIKE.search(name):
+        raise RecipeError(f"architecture={name!r}: has a block or an activation that we do not")
     width, _, patch, _ = shapes["patch_embed.proj.weight"]
     prefix = int("cls_token" in shapes)
     registers = shapes.get("reg_token", (1, 0))[1]
@@ -125,7 +132,7 @@ def fields(published: Published) -> dict[str, Any]:
 def tanh(name: str) -> bool:
     """Whether the architecture of that name has the approximate GELU: SigLIP's, but for its first sizes in timm."""
     exact = ("base_patch16_siglip", "large_patch16_siglip_256", "large_patch16_siglip_384", "so400m_patch14_siglip")
-    return "siglip" in name and not any(part in name for part in exact)
+    return "siglip" in name and not any(part in name.replace("_gap", "") for part in exact)
 
 
 def image_size(published: Published, patch: int, num_prefix: int) -> dict[str, int]:
