@@ -198,7 +198,7 @@ def test_a_devices_part_is_read_without_the_rest(mesh: MeshFactory, tmp_path: Pa
     rows = (slice(0, 8), slice(0, 2048), slice(1024, 1280))  # which are contiguous in theirs
     before = mapped_bytes()
     read(source.rules, "blocks/mlp/up", rows, (8, 2048, 8192), source.arrays, source.config)
-    assert mapped_bytes() - before < 1.2 * 8 * 2048 * 256 * 4
+    assert mapped_bytes() - before < 1.5 * 8 * 2048 * 256 * 4
 
 
 def write_holes(path: Path, shapes: dict[str, tuple[int, ...]]) -> int:

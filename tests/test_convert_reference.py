@@ -18,7 +18,7 @@ import pytest
 from conftest import MeshFactory, abstract_model
 from jax.sharding import get_mesh
 
-from vit22b.config import ModelConfig, RecipeError
+from vit22b.config import LADDER, ModelConfig, RecipeError, size
 from vit22b.model import ViT, resample
 from vit22b.names import named_leaves
 from vit22b.sharding import concrete
@@ -509,6 +509,16 @@ def test_timm(name: str, mesh: MeshFactory, tmp_path: Path, record_property: Cal
         for size in (NATIVE, OBLONG):
             assert_same(outputs_of_timm(written.eval(), images(size)), expected[size], f"{name} written, {size}")
         assert same_parameters(ours, convert.load(weights.open_source(f"timm:{tmp_path / 'ours.safetensors'}")))
+
+
+@pytest.mark.parametrize("rung", LADDER)
+def test_the_whole_ladder_up_to_22b_has_the_shapes_of_timms_parallel_block(rung: str) -> None:
+    config = ModelConfig(**size(rung, LADDER), num_classes=1000)
+    layout = convert.writable_layout("timm", config)
+    shapes = their_shapes(layout.rules(config, None), weights.our_shapes(config), config)
+    with torch.device("meta"):
+        theirs = build(layout.describe(config))
+    assert shapes == {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
 
 
 OURS: dict[str, dict[str, Any]] = {
