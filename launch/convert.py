@@ -46,7 +46,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, dict[str, Any]
     parser.add_argument("--from", dest="source", metavar="WHAT")
     parser.add_argument("--to", dest="target", metavar="WHAT")
     parser.add_argument("--layout", metavar="NAME")
-    parser.add_argument("--batch_size", type=int, default=1, metavar="N", help="of a StableHLO program; default: 1")
     try:
         arguments, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -54,7 +53,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, dict[str, Any]
     for flag, value in (("--from", arguments.source), ("--to", arguments.target)):
         if not value:
             raise RecipeError(f"{flag}: give it, as in --from hf:facebook/dinov2-base --to runs/dinov2-b")
-    check(arguments.batch_size >= 1, "--batch_size", arguments.batch_size, "must be at least 1")
     overrides: dict[str, dict[str, Any]] = {section: {} for section in FIELDS}
     for word in rest:
         section, field, text = split_override(word)
@@ -141,8 +139,8 @@ def describe(model: ViT) -> str:
 def write(model: ViT, data: dict[str, Any], arguments: argparse.Namespace) -> None:
     library, _, name = arguments.target.partition(":")
     if library == "stablehlo":
-        stablehlo.export(model, Path(name), arguments.batch_size)
-        print(f"{arguments.target}: written for batches of {arguments.batch_size}")
+        stablehlo.export(model, Path(name))
+        print(f"{arguments.target}: written, with {name}.safetensors")
     elif library in weights.LIBRARIES:
         layout = arguments.layout if arguments.source.split(":")[0] not in weights.LIBRARIES else None
         print(f"{arguments.target}: written as {convert.save(model, library, Path(name), data, layout).name}")

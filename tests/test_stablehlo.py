@@ -28,16 +28,19 @@ np.savez(outputs, **{name: np.asarray(value, np.float32) for name, value in resu
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{}, {"block": "sequential", "position": "rope", "class_token": True, "pool": "cls_gap", "matmul": "bf16"}],
+    ("batch", "fields"),
+    [
+        (1, {}),
+        (3, {"block": "sequential", "position": "rope", "class_token": True, "pool": "cls_gap", "matmul": "bf16"}),
+    ],
     ids=["ViT-22B", "sequential"],
 )
-def test_the_program_computes_what_the_model_does(fields: dict, mesh: MeshFactory, tmp_path: Path) -> None:
+def test_the_program_computes_what_the_model_does(batch: int, fields: dict, mesh: MeshFactory, tmp_path: Path) -> None:
     pytest.importorskip("flatbuffers")
     with mesh(1, 2, 2):  # from a model in parts
         model = random_model(config_of(fields))
-        stablehlo.export(model, tmp_path / "vit.stablehlo", batch_size=3)
-        images = np.random.default_rng(0).normal(size=(3, 32, 32, 3)).astype(np.float32)
+        stablehlo.export(model, tmp_path / "vit.stablehlo")
+    images = np.random.default_rng(0).normal(size=(batch, 32, 32, 3)).astype(np.float32)
     with mesh():
         local = jax.tree.map(np.asarray, model)
         expected = jax.jit(lambda model, x: model(x))(local, images)
@@ -57,7 +60,7 @@ def test_the_program_computes_what_the_model_does(fields: dict, mesh: MeshFactor
 
 
 def test_the_program_is_lowered_for_all_platforms(mesh: MeshFactory, tmp_path: Path) -> None:
-    exported = stablehlo.program(config_of({}), 1)
+    exported = stablehlo.program(config_of({}))
     assert exported.platforms == stablehlo.PLATFORMS
     assert exported.nr_devices == 1
     (tmp_path / "there").write_text("")
