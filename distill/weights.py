@@ -121,9 +121,9 @@ def configuration(
             raise RecipeError(f"{layout.name}: neither config.json nor the tensors have {error}") from error
     known |= overrides
     required = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING]
-    required += ["image_size", "patch_size"]
+    required += ["image_size", "patch_size", *(name for name, value in known.items() if value is None)]
     for name in required:
-        if name not in known:
+        if known.get(name) is None:
             raise RecipeError(f"model.{name}: neither config.json nor the tensors tell it; give --config.model.{name}=")
     config = ModelConfig(**known)
     config.validate()

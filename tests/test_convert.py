@@ -21,7 +21,7 @@ from jax.sharding import get_mesh
 
 from distill import convert, weights
 from distill.layouts import LAYOUTS
-from distill.layouts.tables import read, their_shapes
+from distill.layouts.tables import Published, read, their_shapes
 from distill.tensors import open_tensors, write_safetensors
 from launch import convert as program
 from vit22b import step
@@ -365,6 +365,18 @@ def test_a_bare_file_of_timms_asks_for_what_no_tensor_tells(mesh: MeshFactory, t
             weights.open_source(spec)
         loaded = convert.load(weights.open_source(spec, overrides={"num_heads": 4}))
         assert_same(loaded, model)
+
+
+def test_which_gelu_a_bare_file_with_attention_pooling_has_is_asked_for() -> None:
+    layout, config = LAYOUTS["timm-vit"], config_of(SEQUENTIAL | BIASES)
+    shapes = their_shapes(layout.rules(config, None), weights.our_shapes(config), config)
+    with pytest.raises(RecipeError, match=r"model\.mlp: neither .* give --config\.model\.mlp="):
+        weights.configuration(layout, Published({}, shapes), {}, {"num_heads": 4})
+    known = weights.configuration(layout, Published({}, shapes), {}, {"num_heads": 4, "mlp": "gelu_tanh"})
+    assert known.mlp == "gelu_tanh"
+    unknown = Published({"model_args": {"act_layer": "quick_gelu"}}, shapes)
+    with pytest.raises(RecipeError, match="act_layer='quick_gelu': only 'gelu' and 'gelu_tanh' can be read"):
+        weights.configuration(layout, unknown, {}, {"num_heads": 4})
 
 
 @pytest.mark.parametrize(

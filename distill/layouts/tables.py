@@ -160,7 +160,8 @@ class Layout:
     name: str  # as given to --layout: 'LIBRARY-FAMILY'
     rules: Callable[[ModelConfig, Published | None], list[Rule]]  # None: as they are written
     recognises: Callable[[Published], bool]
-    config: Callable[[Published], dict[str, Any]]  # fields of `ModelConfig`, as far as they are known
+    # Fields of `ModelConfig`, as far as they are known; None: must be asked for, though it has a default.
+    config: Callable[[Published], dict[str, Any]]
     describe: Callable[[ModelConfig], dict[str, Any]]  # the description that is written beside the weights
     needs: dict[str, tuple]  # field of `ModelConfig` -> the values of it that the family can express
     others: tuple[str, ...] = ()  # how names of other parts begin that lie in the same files, such as a text tower

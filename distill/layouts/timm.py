@@ -108,7 +108,7 @@ def fields(published: Published) -> dict[str, Any]:
         "class_token": bool(prefix),
         "num_registers": registers,
         "norm": "layer" if any(key.endswith(("norm1.bias", "in_norm.bias")) for key in shapes) else "rms",
-        "norm_epsilon": 1e-5 if "dinov3" in name else 1e-6,
+        "norm_epsilon": 1e-6,
         "position_resampling": "cubic",
         "layer_scale": 1e-5 if {"blocks.0.ls1.gamma", "blocks.0.gamma_1"} & set(shapes) else 0.0,
         "mlp_sub_norm": "blocks.0.mlp.norm.weight" in shapes,
@@ -125,12 +125,23 @@ def fields(published: Published) -> dict[str, Any]:
     else:
         known["pool"] = "cls" if prefix and "fc_norm.weight" not in shapes else "gap"
     known["final_norm"] = "tokens" if "norm.weight" in shapes else "pooled" if "fc_norm.weight" in shapes else "none"
-    known["mlp"] = "gelu_tanh" if args.get("act_layer") == "gelu_tanh" or tanh(name) else "gelu"
+    known["mlp"] = activation(published)
     return known
 
 
-def tanh(name: str) -> bool:
-    """Whether the architecture of that name has the approximate GELU: SigLIP's, but for its first sizes in timm."""
+def activation(published: Published) -> str | None:
+    """An MLP's; None where it must be asked for: beside attention pooling, without a name, it may be either GELU."""
+    args, name = arguments(published.info), published.info.get("architecture", "")
+    given = args.get("act_layer")
+    if given is not None and given not in ("gelu", "gelu_tanh"):
+        raise RecipeError(f"act_layer={given!r}: only 'gelu' and 'gelu_tanh' can be read")
+    if given is None and not name and "attn_pool.latent" in published.shapes:
+        return None
+    return given or ("gelu_tanh" if has_approximate_gelu(name) else "gelu")
+
+
+def has_approximate_gelu(name: str) -> bool:
+    """Whether the architecture of that name does: SigLIP's do, but for its first sizes in timm."""
     exact = ("base_patch16_siglip", "large_patch16_siglip_256", "large_patch16_siglip_384", "so400m_patch14_siglip")
     return "siglip" in name and not any(part in name.replace("_gap", "") for part in exact)
 

@@ -63,6 +63,7 @@ def eva_config(published: Published) -> dict[str, Any]:
         "mlp_dim": hidden,
         "mlp": "swiglu" if gated else known["mlp"],
         "mlp_bias": "blocks.0.mlp.fc2.bias" in shapes,
+        "norm_epsilon": 1e-6 if absolute else 1e-5,  # EVA-02's and DINOv3's
         "qk_norm": "none",
         "qkv_bias": bool({"blocks.0.attn.q_bias", "blocks.0.attn.q_proj.bias"} & set(shapes)),
         "proj_bias": "blocks.0.attn.proj.bias" in shapes,
