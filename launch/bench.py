@@ -61,6 +61,7 @@ from vit22b.config import Recipe, RecipeError, check, check_choice
 from vit22b.measure import measure
 from vit22b.profile import LONGEST
 from vit22b.timing import check_steps
+from vit22b.train import NoPreparation
 from vit22b.workdir import git_commit
 
 TIMM_STEP = Path(__file__).resolve().parent.parent / "benchmarks" / "timm_step.py"
@@ -96,7 +97,7 @@ def bench(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, object]:
     source = data.open_sources(recipe)[0] if arguments.input == "real" else None
     mesh = sharding.make_mesh(shape, devices)
     with jax.set_mesh(mesh):
-        figures = measure(recipe, mesh, source, arguments.steps)
+        figures = measure(recipe, mesh, source, arguments.steps, NoPreparation())
     return {
         "recipe": recipe.name,
         "arguments": without_json(sys.argv[1:]),

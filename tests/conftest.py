@@ -74,7 +74,7 @@ def loss_and_named_gradients(config: ModelConfig, shape: tuple[int, int, int], m
         head = rng.normal(size=model.head_kernel.shape).astype(np.float32)
         model.head_kernel[...] = jax.device_put(head, model.head_kernel[...].sharding)
         placed = {name: jax.device_put(x, NamedSharding(m, BATCH)) for name, x in batch.items()}
-        loss, gradients = jax.jit(functools.partial(loss_and_gradients, recipe))(model, placed, jax.random.key(0))
+        (loss, _), gradients = jax.jit(functools.partial(loss_and_gradients, recipe))(model, placed, jax.random.key(0))
         return float(loss), {name: np.asarray(leaf) for name, leaf in named(gradients).items()}
 
 

@@ -98,7 +98,7 @@ def loss_and_named_gradients(given: Recipe, shape: tuple, mesh: MeshFactory, poi
             up[1, 3, 5] = poison
             model.blocks.mlp.up[...] = jax.device_put(up, model.blocks.mlp.up[...].sharding)
         placed = {name: jax.device_put(x, NamedSharding(m, sharding.BATCH)) for name, x in batch.items()}
-        loss, gradients = jax.jit(functools.partial(loss_and_gradients, given))(model, placed, jax.random.key(0))
+        (loss, _), gradients = jax.jit(functools.partial(loss_and_gradients, given))(model, placed, jax.random.key(0))
         return float(loss), {name: np.asarray(leaf) for name, leaf in named(gradients).items()}
 
 

@@ -21,7 +21,7 @@ from vit22b.flops import executed_flops, train_flops
 from vit22b.hardware import CHIPS
 from vit22b.plan import count_collectives, describe, make_plan
 from vit22b.sharding import concrete, make_mesh
-from vit22b.step import abstract_batch, abstract_state, compile_train_step, init_state, trace_train_step
+from vit22b.step import abstract_state, compile_train_step, init_state, trace_train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = Recipe(
@@ -70,7 +70,7 @@ def test_memory_classes_are_those_of_real_arrays(plan) -> None:
 
 
 def abstract_batch_on_mesh() -> dict:
-    return concrete(abstract_batch(RECIPE), jax.sharding.get_mesh())
+    return concrete(RECIPE.objective().batch(), jax.sharding.get_mesh())
 
 
 def test_donated_buffers_count_once(plan) -> None:

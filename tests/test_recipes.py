@@ -20,7 +20,7 @@ from vit22b.config import LADDER, Recipe, RecipeError
 from vit22b.model import REMAT
 from vit22b.optim import schedule
 from vit22b.sharding import abstract_mesh, check_divisibility, mesh_shape, spec_of
-from vit22b.step import abstract_batch, abstract_state, train_step
+from vit22b.step import abstract_state, train_step
 
 FILES = sorted(Path(__file__).parent.parent.glob("recipes/*.py"))
 NO_SUCH_ARGUMENT = "no such argument"
@@ -86,7 +86,7 @@ def test_a_step_returns_the_state_as_it_got_it(name: str) -> None:
 
     with use_abstract_mesh(abstract_mesh(shape)):
         state = abstract_state(recipe)
-        stepped, metrics = jax.eval_shape(functools.partial(train_step, recipe), state, abstract_batch(recipe))
+        stepped, metrics = jax.eval_shape(functools.partial(train_step, recipe), state, recipe.objective().batch())
     assert described(stepped) == described(state)
     assert set(described(metrics).values()) == {((), "float32", ())}
 

@@ -13,8 +13,48 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from vit22b.config import Recipe, RecipeError
+from vit22b.config import Recipe, RecipeError, check
 from vit22b.names import named_leaves
+
+
+def restore_model(folder: Path, abstract, member: str = ""):
+    """The model of the newest checkpoint in `folder`, without the rest of the state; its average where there is one.
+
+    Placed, and in the dtypes, as `abstract` says. Where several models were trained together, `member` names one; else
+    it is the first student. Raises `RecipeError`.
+    """
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()]
+    check(bool(steps), "checkpoints", folder, "has none; give the work directory of a run that has saved one")
+    path = folder.absolute() / str(max(steps)) / "state"
+    checkpointer, leaves = ocp.PyTreeCheckpointer(), named_leaves(abstract)
+    try:
+        saved = checkpointer.metadata(path).item_metadata.tree
+        prefix = _prefix(set(saved), list(leaves), member)
+        wrong = [name for name, leaf in leaves.items() if tuple(saved[prefix + name].shape) != leaf.shape]
+        if not wrong:
+            wanted = {prefix + name: leaf for name, leaf in leaves.items()}
+            placed = {n: ocp.ArrayRestoreArgs(sharding=x.sharding, dtype=x.dtype) for n, x in wanted.items()}
+            arguments = ocp.args.PyTreeRestore(item=wanted, restore_args=placed, partial_restore=True)
+            restored = checkpointer.restore(path, args=arguments)
+    except RecipeError:
+        raise
+    except Exception as error:  # orbax, tensorstore and the file system each raise their own
+        raise RecipeError(f"{path}: cannot be restored ({type(error).__name__})") from error
+    if wrong:
+        found, expected = tuple(saved[prefix + wrong[0]].shape), leaves[wrong[0]].shape
+        raise RecipeError(f"{path}: {wrong[0]} has shape {found}, not {expected}; is recipe.json of another run?")
+    return jax.tree.unflatten(jax.tree.structure(abstract), [restored[name] for name in wanted])
+
+
+def _prefix(saved: set[str], names: list[str], member: str) -> str:
+    """What stands before a model's own names in a checkpoint."""
+    found = {name.removesuffix(names[0]) for name in saved if name.endswith(f"/{names[0]}")}
+    whole = sorted(p for p in found if p.split("/")[0] in ("ema", "model") and {p + name for name in names} <= saved)
+    of_member = [p for p in whole if f"/{member or 'student'}/" in p] or ([] if member else whole)
+    if not of_member:
+        there = ", ".join(sorted(saved)[:3])
+        raise RecipeError(f"member={member!r}: no such model in the checkpoint, which holds {there}, ...")
+    return of_member[0]  # 'ema' before 'model'
 
 
 class Checkpoints:

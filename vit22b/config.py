@@ -8,7 +8,10 @@ place; `Recipe.validate()` runs after the overrides and before anything else.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from vit22b.objective import Objective
 
 
 class RecipeError(ValueError):
@@ -366,6 +369,16 @@ class DataConfig:
         check(min(self.std) > 0, "data.std", self.std, "must be positive")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class View:
+    """An array of a training batch: images as augmentation makes them, or, if `plain`, as evaluation does."""
+
+    name: str
+    size: int  # pixels a side
+    plain: bool = False
+    stream: int = 0  # views of one stream are cropped and augmented alike
+
+
 @dataclasses.dataclass(kw_only=True, slots=True)
 class MeshConfig:
     """Devices per mesh axis; -1 for at most one of them: all that remain."""
@@ -401,6 +414,8 @@ RESUMABLE = (
     "data.workers",
     "data.threads",
     "data.prefetch_batches",
+    "distill.teachers",
+    "distill.sharding",
 )
 
 
@@ -441,6 +456,16 @@ class Recipe:
             self.batch_size,
             f"must be a multiple of optim.accumulate_steps={n}; try {math.ceil(self.batch_size / n) * n}",
         )
+
+    def objective(self) -> "Objective":
+        """What the run trains, and on which loss."""
+        from vit22b.objective import Supervised  # imports JAX, which a recipe can be read without
+
+        return Supervised(self)
+
+    def views(self) -> "tuple[View, ...]":
+        """What the input pipeline makes of each image."""
+        return (View(name="image", size=self.model.image_size),)
 
     def flat(self) -> dict[str, object]:
         """Every field by its dotted name, as in `--config.NAME`."""

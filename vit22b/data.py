@@ -20,7 +20,7 @@ from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset, index_shuffle
 
 from vit22b.augment import eval_image, train_image
-from vit22b.config import DataConfig, Recipe, check
+from vit22b.config import DataConfig, Recipe, View, check
 from vit22b.sources import Source, open_source
 
 Batch = dict[str, np.ndarray]
@@ -81,8 +81,8 @@ def open_sources(recipe: Recipe) -> tuple[Source, Source]:
 def train_batches(source: Source, recipe: Recipe, start_step: int, process_index: int, process_count: int) -> Stream:
     """This process's part of the batches of steps `start_step`, `start_step` + 1, ... without end.
 
-    Each is {'image': uint8 (b, S, S, 3), 'label': int32 (b,)} with b = batch_size / process_count. Decoding starts at
-    once, in the background. Raises `RecipeError`.
+    Each is {'image': uint8 (b, S, S, 3), 'label': int32 (b,)} with b = batch_size / process_count, or, instead of
+    'image', has the recipe's views. Decoding starts at once, in the background. Raises `RecipeError`.
     """
     size = local_batch_size(recipe, process_count)
     make = functools.partial(_train_batch, source, recipe, size, process_index)
@@ -132,40 +132,57 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 def _train_batch(source: Source, recipe: Recipe, size: int, process_index: int, step: int) -> Batch:
     first = step * recipe.batch_size + process_index * size
 
-    def sample(position: int) -> tuple[np.ndarray, int]:
+    views = recipe.views()
+
+    def sample(position: int) -> tuple[list[np.ndarray], int]:
         index = first + position
         image, label = source[source_index(index, len(source), recipe.seed)]
-        rng = np.random.default_rng((recipe.seed, index))
-        return train_image(image, recipe.data, recipe.model.image_size, rng), label
+        return [see(image, view, recipe, index) for view in views], label
 
-    return _collect(sample, size, size, recipe)
+    return _collect(sample, size, size, views, recipe.data)
+
+
+def see(image: np.ndarray, view: View, recipe: Recipe, index: int) -> np.ndarray:
+    """A view of sample `index`, uint8 (S, S, 3)."""
+    if view.plain:
+        return eval_image(image, recipe.data, view.size)
+    entropy = (recipe.seed, index, view.stream) if view.stream else (recipe.seed, index)
+    return train_image(image, recipe.data, view.size, np.random.default_rng(entropy))
 
 
 def _eval_batch(source: Source, recipe: Recipe, size: int, process_index: int, step: int) -> Batch:
     first = step * recipe.batch_size + process_index * size
     count = min(max(len(source) - first, 0), size)
 
-    def sample(position: int) -> tuple[np.ndarray, int]:
+    def sample(position: int) -> tuple[list[np.ndarray], int]:
         image, label = source[first + position]
-        return eval_image(image, recipe.data, recipe.model.image_size), label
+        return [eval_image(image, recipe.data, recipe.model.image_size)], label
 
+    view = View(name="image", size=recipe.model.image_size, plain=True)
     mask = (np.arange(size) < count).astype(np.float32)
-    return _collect(sample, count, size, recipe) | {"mask": mask}
+    return _collect(sample, count, size, (view,), recipe.data) | {"mask": mask}
 
 
-def _collect(sample: Callable[[int], tuple[np.ndarray, int]], count: int, size: int, recipe: Recipe) -> Batch:
+def _collect(
+    sample: Callable[[int], tuple[list[np.ndarray], int]],
+    count: int,
+    size: int,
+    views: tuple[View, ...],
+    config: DataConfig,
+) -> Batch:
     """Samples 0 .. `count` - 1, made by all threads together, as one batch of `size`; what remains is 0."""
-    image_size, threads = recipe.model.image_size, recipe.data.threads
-    images = np.zeros((size, image_size, image_size, 3), np.uint8)
+    arrays = [np.zeros((size, view.size, view.size, 3), np.uint8) for view in views]
     labels = np.zeros(size, np.int32)
-    shares = min(4 * threads, count)  # several per thread, so that none waits long for another's large images
+    shares = min(4 * config.threads, count)  # several per thread, so that none waits long for another's large images
 
     def fill(share: int) -> None:
         for position in range(share, count, shares):
-            images[position], labels[position] = sample(position)
+            images, labels[position] = sample(position)
+            for array, image in zip(arrays, images, strict=True):
+                array[position] = image
 
-    list(_pool(threads).map(fill, range(shares)))  # a list, so that errors surface
-    return {"image": images, "label": labels}
+    list(_pool(config.threads).map(fill, range(shares)))  # a list, so that errors surface
+    return {view.name: array for view, array in zip(views, arrays, strict=True)} | {"label": labels}
 
 
 @functools.cache

@@ -12,13 +12,11 @@ from jax.sharding import Mesh
 from vit22b import data, profile, sharding
 from vit22b.clocks import COMMAND, ClockSampler
 from vit22b.config import Recipe
-from vit22b.flops import train_flops
 from vit22b.hardware import GIB, peak_flops
 from vit22b.memory import check_step_memory, step_bytes
 from vit22b.sources import Source
 from vit22b.step import (
     TrainState,
-    abstract_batch,
     abstract_state,
     compile_train_step,
     compiler_options,
@@ -26,7 +24,7 @@ from vit22b.step import (
     trace_train_step,
 )
 from vit22b.timing import spread, time_groups, warm_up
-from vit22b.train import place
+from vit22b.train import Preparation, place
 
 PROFILED = 3  # steps
 
@@ -56,7 +54,7 @@ class Runner:
         self.wait()
 
 
-def measure(recipe: Recipe, mesh: Mesh, source: Source | None, steps: int) -> dict[str, object]:
+def measure(recipe: Recipe, mesh: Mesh, source: Source | None, steps: int, prepare: Preparation) -> dict[str, object]:
     """A recipe's figures on the mesh in force, under the names that `launch/bench.py --help` explains.
 
     `source` gives the training images; None: one random batch lies on the devices. `steps` are timed, a multiple of
@@ -67,18 +65,18 @@ def measure(recipe: Recipe, mesh: Mesh, source: Source | None, steps: int) -> di
     start = time.perf_counter()
     compiled = compile_train_step(recipe, abstract)
     compile_s = time.perf_counter() - start
-    check_step_memory(recipe, compiled, mesh)
+    check_step_memory(recipe, compiled, mesh, prepare.bytes_per_device)
     waited: list[float] = []
     batches = None if source is None else data.train_batches(source, recipe, 0, process_index=0, process_count=1)
-    fixed = random_batch(recipe, mesh) if batches is None else {}
+    fixed = random_batch(recipe) if batches is None else {}
 
     def next_batch() -> dict:
         if batches is None:
-            return fixed
+            return prepare(fixed, 0)
         asked = time.perf_counter()
         batch = next(batches)
         waited.append(time.perf_counter() - asked)
-        return place(batch)
+        return prepare(place(batch), 0)
 
     device = mesh.devices.flat[0]
     try:
@@ -96,7 +94,7 @@ def measure(recipe: Recipe, mesh: Mesh, source: Source | None, steps: int) -> di
             batches.close()
     timed, peak = spread(ms), peak_flops(device)
     step_s = timed["step_ms"] / 1e3
-    flops = train_flops(recipe.model) * recipe.batch_size
+    flops = (recipe.objective().flops() + prepare.flops) * recipe.batch_size
     in_use = device_memory.get("peak_bytes_in_use")
     return {
         "params_m": sum(leaf.size for leaf in jax.tree.leaves(abstract.model)) / 1e6,
@@ -113,11 +111,13 @@ def measure(recipe: Recipe, mesh: Mesh, source: Source | None, steps: int) -> di
     }
 
 
-def random_batch(recipe: Recipe, mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch of random images and labels on the devices, as `abstract_batch` describes it."""
-    random, limits = np.random.default_rng(0), {"image": 256, "label": recipe.model.num_classes}
-    shapes = sharding.concrete(abstract_batch(recipe), mesh)
-    return place({name: random.integers(0, limits[name], x.shape, dtype=x.dtype) for name, x in shapes.items()})
+def random_batch(recipe: Recipe) -> dict[str, jax.Array]:
+    """A batch of random images and labels on the devices, as the input pipeline would give it."""
+    random, count = np.random.default_rng(0), recipe.batch_size
+    batch = {
+        view.name: random.integers(0, 256, (count, view.size, view.size, 3), dtype=np.uint8) for view in recipe.views()
+    }
+    return place(batch | {"label": random.integers(0, recipe.model.num_classes, count, dtype=np.int32)})
 
 
 def profile_steps(recipe: Recipe, state: TrainState, runner: Runner, platform: str) -> dict[str, object]:

@@ -89,10 +89,13 @@ def step_bytes(compiled: jax.stages.Compiled) -> int | None:
     return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes + outputs
 
 
-def check_step_memory(recipe: Recipe, compiled: jax.stages.Compiled, mesh: Mesh) -> None:
-    """Raises `RecipeError` where a compiled step's arguments and temporaries exceed a device's memory."""
+def check_step_memory(recipe: Recipe, compiled: jax.stages.Compiled, mesh: Mesh, beside: int = 0) -> None:
+    """Raises `RecipeError` where a compiled step's arguments and temporaries exceed a device's memory.
+
+    `beside`: bytes per device that are in use for something else.
+    """
     needed, analysis = step_bytes(compiled), compiled.memory_analysis()
-    available = device_memory(jax.local_devices()[0])
+    available = device_memory(jax.local_devices()[0]) - beside
     if needed is None or analysis is None or needed <= available:
         return
     temporaries = analysis.temp_size_in_bytes

@@ -4,8 +4,10 @@ For all: clip by global norm, then one chain that preconditions, adds weight dec
 are told apart by their path in the model, since stacked blocks make a norm's scale two-dimensional.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,14 @@ from vit22b.names import path_name
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 # The body's matrices; everything else there is a bias, a scale, a token or a position.
 MATRICES = ("query", "key", "value", "out", "gate", "up", "patch_kernel")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["models"], meta_fields=[])
+@dataclasses.dataclass
+class Independent:
+    """Models, by name, that are trained side by side and have nothing but the batches in common."""
+
+    models: dict[str, Any]
 
 
 def schedule(config: OptimConfig, total_steps: int) -> optax.Schedule:
@@ -143,12 +153,20 @@ def global_norm(gradients, unrolled: bool) -> jax.Array:
     return jnp.sqrt(functools.reduce(jnp.add, found))
 
 
-def clip(gradients, norm: jax.Array, limit: float):
-    """The gradients, scaled down so that their norm is `limit` at most; 0: as they are."""
+def clip(gradients, limit: float, unrolled: bool) -> tuple:
+    """The gradients, scaled down so that their norm is `limit` at most (0: as they are), and the norm they had.
+
+    Of several models each is clipped by its own norm; the norm given is that of all. `unrolled` as in `global_norm`.
+    """
+    if isinstance(gradients, Independent):
+        clipped = {name: clip(part, limit, unrolled) for name, part in gradients.models.items()}
+        norms = jnp.stack([norm for _, norm in clipped.values()])
+        return Independent({name: part for name, (part, _) in clipped.items()}), jnp.sqrt(jnp.sum(norms**2))
+    norm = global_norm(gradients, unrolled)
     if not limit:
-        return gradients
+        return gradients, norm
     factor = jnp.minimum(1.0, limit / norm)
-    return jax.tree.map(lambda gradient: gradient * factor, gradients)
+    return jax.tree.map(lambda gradient: gradient * factor, gradients), norm
 
 
 def make_optimizer(config: OptimConfig, total_steps: int) -> optax.GradientTransformation:

@@ -16,10 +16,10 @@ import numpy as np
 from vit22b import analytic, hlo, sharding
 from vit22b.cluster import Cluster, Torus
 from vit22b.config import Recipe, RecipeError, check
-from vit22b.flops import executed_flops, train_flops
+from vit22b.flops import executed_flops
 from vit22b.hardware import GIB
 from vit22b.memory import state_memory
-from vit22b.step import abstract_batch, abstract_state, trace_train_step
+from vit22b.step import abstract_state, trace_train_step
 
 USABLE = 0.94  # of a GPU's memory: what launch/tpu.py gives to JAX
 LARGE = 2**20  # bytes: a smaller blocking collective, such as a norm's statistics, is not worth hiding
@@ -157,7 +157,7 @@ def _without_step(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int],
     state = state_memory(recipe, shape)
     with jax.sharding.use_abstract_mesh(sharding.abstract_mesh(shape)):
         params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_state(recipe).model))
-        batch = sharding.bytes_per_device(abstract_batch(recipe))
+        batch = sharding.bytes_per_device(recipe.objective().batch())
     return Plan(
         recipe=recipe.name,
         topology=cluster.name,
@@ -173,7 +173,7 @@ def _without_step(recipe: Recipe, cluster: Cluster, shape: tuple[int, int, int],
             "batch": batch / GIB,
         },
         hbm_gib=None if cluster.chip is None else cluster.chip.memory / GIB,
-        model_flops_per_step=train_flops(recipe.model) * recipe.batch_size,
+        model_flops_per_step=recipe.objective().flops() * recipe.batch_size,
         executed_flops_per_step=executed,
     )
 
