@@ -38,6 +38,11 @@ class DistillConfig:
     patch_weight: float = 1.0  # of the patches', resized to the student's grid
     adaptor_dim: int = 2048  # hidden dims of the heads between the student's features and each teacher's
     statistics_batches: int = 8
+    # A folder with what the teachers said of the views of the first `cached_steps` steps (distill/cache.py), made by
+    # launch/teach.py: these are seen again and again. '': teachers compute beside the student.
+    cache: str = ""
+    cached_steps: int = 0
+    top_k: int = 32  # classes stored of each view
     # Further students that learn from the same teachers' passes: rows of vit22b/config.py's tables of sizes.
     more_students: tuple[str, ...] = ()
 
@@ -54,7 +59,14 @@ class DistillConfig:
         check_choice("distill.match", self.match, ("logits", "features"))
         check(self.temperature > 0, "distill.temperature", self.temperature, "must be positive")
         check(0 <= self.label_weight < 1, "distill.label_weight", self.label_weight, "must be in [0, 1)")
-        for name in ("adaptor_dim", "statistics_batches"):
+        check(self.cached_steps >= 0, "distill.cached_steps", self.cached_steps, "must be 0 (no cache) or more")
+        check(
+            bool(self.cache) == bool(self.cached_steps),
+            "distill.cached_steps",
+            self.cached_steps,
+            "goes with distill.cache: give both or neither",
+        )
+        for name in ("adaptor_dim", "statistics_batches", "top_k"):
             check(getattr(self, name) >= 1, f"distill.{name}", getattr(self, name), "must be at least 1")
         for name in ("summary_weight", "patch_weight"):
             check(getattr(self, name) >= 0, f"distill.{name}", getattr(self, name), "must not be negative")
@@ -106,15 +118,27 @@ class DistillRecipe(Recipe):
         """Pixels a side of what each teacher sees."""
         return self.distill.image_sizes or (self.model.image_size,) * len(self.distill.teachers)
 
+    def without_cache(self) -> "DistillRecipe":
+        """The recipe of the same views, taught by teachers that compute."""
+        return dataclasses.replace(self, distill=dataclasses.replace(self.distill, cache="", cached_steps=0))
+
+    def top_k(self) -> int:
+        """Classes that a cache stores of each view."""
+        return min(self.distill.top_k, self.model.num_classes)
+
+    def period(self) -> int | None:
+        return self.distill.cached_steps or None
+
     def views(self) -> tuple[View, ...]:
         """'image', and 'teacher_image' where that is not the same; each as large as its largest reader wants it."""
         own, theirs = self.model.image_size, max(self.teacher_sizes())
-        match self.distill.teaching:
-            case "independent":
-                return View(name="image", size=own), View(name="teacher_image", size=theirs, stream=1)
-            case "fixed":
-                return View(name="image", size=own), View(name="teacher_image", size=theirs, plain=True)
-        return (View(name="image", size=max(own, theirs)),)
+        if self.distill.teaching not in ("independent", "fixed"):
+            return (View(name="image", size=max(own, theirs)),)
+        image = View(name="image", size=own)
+        if self.distill.cache:
+            return (image,)
+        fixed = self.distill.teaching == "fixed"
+        return image, View(name="teacher_image", size=theirs, plain=fixed, stream=int(not fixed))
 
     def objective(self) -> "Distillation":
         from distill.objective import Distillation

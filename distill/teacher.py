@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, get_mesh, reshard
 from jax.sharding import PartitionSpec as P
 
+from distill import cache
 from distill.config import DistillConfig, DistillRecipe
 from vit22b import data, sharding
 from vit22b.checkpoint import restore_model
@@ -51,7 +52,7 @@ class Teacher:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["models", "statistics"], meta_fields=[])
 @dataclasses.dataclass
 class Frozen:
-    """What the annotating program takes beside the batch; `statistics`: of each teacher's features, or empty."""
+    """What the annotating program takes beside the batch; `statistics`: of each teacher's features."""
 
     models: list[ViT]
     statistics: list[dict[str, tuple[jax.Array, jax.Array]]]  # 'summary' and 'patches': mean and deviation, (K,)
@@ -152,7 +153,7 @@ class Teaching:
 
     def __init__(self, recipe: DistillRecipe, teachers: list[Teacher]) -> None:
         self._recipe, self._teachers = recipe, teachers
-        self._frozen = Frozen([teacher.model for teacher in teachers], [])
+        self._frozen = Frozen([teacher.model for teacher in teachers], [as_they_are(t.config) for t in teachers])
         self.bytes_per_device = sharding.bytes_per_device(self._frozen.models)
         sized = (
             dataclasses.replace(t.config, image_size=size)
@@ -160,9 +161,14 @@ class Teaching:
         )
         self.flops = sum(forward_flops(config) for config in sized)
         self._annotate = jax.jit(functools.partial(annotate, recipe, teachers))
+        self._record = jax.jit(functools.partial(record, recipe, teachers))
 
     def __call__(self, batch: Batch, step: int) -> Batch:
         return self._annotate(self._frozen, batch, jnp.int32(step))
+
+    def record(self, batch: Batch, step: int) -> Batch:
+        """What distill/cache.py stores of a batch."""
+        return self._record(self._frozen, batch, jnp.int32(step))
 
     def find_statistics(self, source: Source) -> None:
         """Mean and deviation of the teachers' features over the first training batches, the same at every start."""
@@ -189,21 +195,70 @@ class Teaching:
         return found
 
 
+class CachedTeaching:
+    """The same from a cache: a `Preparation`, too."""
+
+    bytes_per_device = flops = 0
+
+    def __init__(self, recipe: DistillRecipe, reader: cache.Reader) -> None:
+        self._period, self._reader = recipe.distill.cached_steps, reader
+        self._annotate = jax.jit(functools.partial(annotate_from_cache, recipe))
+
+    def __call__(self, batch: Batch, step: int) -> Batch:
+        return self._annotate(batch, place(self._reader(step)), jnp.int32(step % self._period))
+
+
 def annotate(recipe: DistillRecipe, teachers: list[Teacher], frozen: Frozen, batch: Batch, step: jax.Array) -> Batch:
     """A batch of the input pipeline as `Distillation.batch` describes it; `step` decides what is mixed how."""
     seen, targets = mixed(recipe, batch, step)
-    out = {"targets": targets}
+    return for_student(recipe, seen, targets) | said(recipe, teachers, frozen, seen)
+
+
+def annotate_from_cache(recipe: DistillRecipe, batch: Batch, stored: Batch, step: jax.Array) -> Batch:
+    """The same with what `record` gave for that step."""
+    out = for_student(recipe, *mixed(recipe, batch, step))
+    if recipe.distill.match == "features":
+        return out | stored
+    count = recipe.model.num_classes
+    spread = jax.shard_map(
+        lambda classes, log_probs: cache.logits_of(classes, log_probs, count),
+        in_specs=(BATCH, BATCH),
+        out_specs=BATCH,
+        check_vma=False,
+    )
+    numbers = range(len(recipe.distill.teachers))
+    return out | {f"logits_{i}": spread(stored[f"classes_{i}"], stored[f"log_probs_{i}"]) for i in numbers}
+
+
+def record(recipe: DistillRecipe, teachers: list[Teacher], frozen: Frozen, batch: Batch, step: jax.Array) -> Batch:
+    """The arrays of `cache.Layout` for a batch of the input pipeline."""
+    seen, _ = mixed(recipe, batch, step)
+    out = said(recipe, teachers, frozen, seen)
+    if recipe.distill.match == "features":
+        return out
+    stored = {}
+    for i in range(len(teachers)):
+        stored[f"classes_{i}"], stored[f"log_probs_{i}"] = cache.most_probable(out[f"logits_{i}"], recipe.top_k())
+    return stored
+
+
+def for_student(recipe: DistillRecipe, seen: Batch, targets: jax.Array) -> Batch:
     with jax.named_scope("input"):
         image = normalize(resized(seen["image"], recipe.model.image_size), recipe.data)
-        out["image"] = image.astype(DTYPES[recipe.model.matmul])
+    return {"image": image.astype(DTYPES[recipe.model.matmul]), "targets": targets}
+
+
+def said(recipe: DistillRecipe, teachers: list[Teacher], frozen: Frozen, seen: Batch) -> Batch:
+    """Logits, or standardised features, of each teacher."""
+    found = {}
     for i, output in enumerate(outputs(recipe, teachers, frozen, seen)):
         if recipe.distill.match == "logits":
-            out[f"logits_{i}"] = output.logits
+            found[f"logits_{i}"] = output.logits
             continue
         for name, features in aligned(output, teachers[i].config, recipe).items():
             mean, deviation = frozen.statistics[i][name]
-            out[f"{name}_{i}"] = ((features - mean) / deviation).astype(jnp.bfloat16)
-    return out
+            found[f"{name}_{i}"] = ((features - mean) / deviation).astype(jnp.bfloat16)
+    return found
 
 
 def mixed(recipe: DistillRecipe, batch: Batch, step: jax.Array) -> tuple[Batch, jax.Array]:
@@ -269,6 +324,11 @@ def feature_sums(
         {name: sums(x) for name, x in aligned(output, teacher.config, recipe).items()}
         for output, teacher in zip(found, teachers, strict=True)
     ]
+
+
+def as_they_are(config: ModelConfig) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Statistics that change nothing."""
+    return {name: (jnp.zeros(config.width), jnp.ones(config.width)) for name in ("summary", "patches")}
 
 
 def moments(count: jax.Array, total: jax.Array, squares: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -55,13 +55,13 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # of a GPU, as 
 import jax
 
 from launch.command_line import flag_parser, parse
+from launch.preparation import for_timing
 from launch.tpu import check_on_devices
 from vit22b import data, sharding
 from vit22b.config import Recipe, RecipeError, check, check_choice
 from vit22b.measure import measure
 from vit22b.profile import LONGEST
 from vit22b.timing import check_steps
-from vit22b.train import NoPreparation
 from vit22b.workdir import git_commit
 
 TIMM_STEP = Path(__file__).resolve().parent.parent / "benchmarks" / "timm_step.py"
@@ -97,7 +97,7 @@ def bench(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, object]:
     source = data.open_sources(recipe)[0] if arguments.input == "real" else None
     mesh = sharding.make_mesh(shape, devices)
     with jax.set_mesh(mesh):
-        figures = measure(recipe, mesh, source, arguments.steps, NoPreparation())
+        figures = measure(recipe, mesh, source, arguments.steps, for_timing(recipe))
     return {
         "recipe": recipe.name,
         "arguments": without_json(sys.argv[1:]),

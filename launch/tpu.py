@@ -15,9 +15,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # of a GPU; JAX
 
 import jax
 
-from distill import teacher
-from distill.config import DistillRecipe
 from launch.command_line import parse
+from launch.preparation import preparation, teacher_fingerprints
 from vit22b import data, sharding
 from vit22b.checkpoint import Checkpoints
 from vit22b.config import ModelConfig, Recipe, RecipeError, check
@@ -25,11 +24,8 @@ from vit22b.hardware import is_hopper, multiplies_fp8, runs_triton
 from vit22b.kernels import attention
 from vit22b.memory import check_state_memory
 from vit22b.report import Reporter, was_evaluated
-from vit22b.sources import Source
-from vit22b.train import NoPreparation, Preparation, train
+from vit22b.train import train
 from vit22b.workdir import open_workdir
-
-ACCURACY_BATCHES = 4  # of the validation set, from which a teacher's accuracy is estimated
 
 
 def check_on_devices(recipe: Recipe) -> tuple[int, int, int]:
@@ -82,9 +78,7 @@ def run(recipe: Recipe, workdir: Path) -> int:
     devices, shape = jax.devices(), check_on_devices(recipe)
     sources = data.open_sources(recipe)
     fingerprints = {name: source.fingerprint() for name, source in zip(("train", "validation"), sources, strict=True)}
-    if isinstance(recipe, DistillRecipe):
-        names = enumerate(recipe.distill.teachers)
-        fingerprints |= {f"teacher {index}": teacher.fingerprint(name) for index, name in names}
+    fingerprints |= teacher_fingerprints(recipe)
     if jax.process_index() == 0:
         open_workdir(workdir, recipe, fingerprints)
     checkpoints = Checkpoints(workdir / "checkpoints", recipe)
@@ -103,31 +97,13 @@ def run(recipe: Recipe, workdir: Path) -> int:
             checkpoints.stopping_on(signal.SIGTERM, signal.SIGINT),
             jax.set_mesh(sharding.make_mesh(shape, devices)),
         ):
-            prepare = preparation(recipe, sources, reporter)
+            prepare = preparation(recipe, sources, fingerprints, reporter.note)
             train(recipe, sources, checkpoints, reporter, prepare)
     finally:
         checkpoints.wait()  # also where training failed: what was saved before is still being written
         reporter.close()
     complete = checkpoints.latest_step == recipe.total_steps
     return 0 if complete or checkpoints.signal is None else 128 + checkpoints.signal
-
-
-def preparation(recipe: Recipe, sources: tuple[Source, Source], reporter: Reporter) -> Preparation:
-    """What the devices do to batches before the train step: with teachers, loads these and says how good they are."""
-    if not isinstance(recipe, DistillRecipe):
-        return NoPreparation()
-    train_source, validation_source = sources
-    teachers = teacher.load(recipe)
-    teaching = teacher.Teaching(recipe, teachers)
-    for each, size in zip(teachers, recipe.teacher_sizes(), strict=True):
-        reporter.note(f"teacher {each.name}: width {each.config.width}, depth {each.config.depth}, at {size} px")
-    if recipe.distill.match == "logits":
-        for each, found in zip(teachers, teaching.accuracy(validation_source, ACCURACY_BATCHES), strict=True):
-            reporter.note(
-                f"teacher {each.name}: top-1 {found['top1']:.4f} on the first {found['examples']} validation images"
-            )
-    teaching.find_statistics(train_source)
-    return teaching
 
 
 def keep_compiled_programs(platform: str) -> str | None:

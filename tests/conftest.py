@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
+from teachers import train_teachers
 
 from vit22b.config import DataConfig, ModelConfig, Recipe
 from vit22b.model import ViT
@@ -46,6 +47,11 @@ def mesh() -> MeshFactory:
             yield m
 
     return on_mesh
+
+
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return train_teachers(tmp_path_factory.mktemp("teachers"))
 
 
 def named(tree) -> dict:

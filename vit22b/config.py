@@ -416,6 +416,7 @@ RESUMABLE = (
     "data.prefetch_batches",
     "distill.teachers",
     "distill.sharding",
+    "distill.cache",
 )
 
 
@@ -462,6 +463,10 @@ class Recipe:
         from vit22b.objective import Supervised  # imports JAX, which a recipe can be read without
 
         return Supervised(self)
+
+    def period(self) -> int | None:
+        """After how many steps the training stream begins anew, if it does."""
+        return None
 
     def views(self) -> "tuple[View, ...]":
         """What the input pipeline makes of each image."""

@@ -130,6 +130,7 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def _train_batch(source: Source, recipe: Recipe, size: int, process_index: int, step: int) -> Batch:
+    step %= recipe.period() or sys.maxsize
     first = step * recipe.batch_size + process_index * size
 
     views = recipe.views()

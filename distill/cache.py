@@ -1,0 +1,223 @@
+"""What teachers said of views, stored: one pass of the teachers, any number of runs of students.
+
+A view's place in the run's stream of examples, with the recipe's seed, decides its crop, its augmentation and, with
+its step, what it is mixed with. So a cache belongs to a stream: the views of `cached_steps` steps, which training sees
+again, in this order, as often as it takes. A fixed target per image, to which any crop would be shown, is not offered:
+students fit to that over [Beyer 2022, section 3].
+
+In the folder: manifest.json, and for each chunk of steps and each process that wrote it a file of ArrayRecord with a
+record per view: its index in the stream; then, of each teacher, the `top_k` most probable classes and the logarithms
+of their probabilities (what is left is spread evenly over the other classes), or summary and patches in bf16,
+standardised.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from array_record.python import array_record_module
+
+from distill.config import DistillRecipe
+from vit22b.config import RecipeError, check
+
+MANIFEST = "manifest.json"
+CHUNK_STEPS = 100  # in a file; what a kill loses at most
+GROUP = 64  # records that are compressed together
+INDEX = np.dtype("<u8")
+# What decides a view, or what a teacher says of it. Where data lie may change: they have fingerprints.
+FREE = ("data.train", "data.validation", "data.workers", "data.threads", "data.prefetch_batches")
+
+
+def identity(recipe: DistillRecipe, fingerprints: dict[str, str]) -> dict[str, object]:
+    """What a cache and a run that uses it must have in common."""
+    fields = recipe.flat()
+    decides = {
+        name: value
+        for name, value in fields.items()
+        if name in ("seed", "batch_size", "model.image_size", "model.patch_size", "model.num_classes")
+        or (name.startswith("data.") and name not in FREE)
+    }
+    for name in ("teaching", "match", "image_sizes", "widths", "matmul", "top_k", "cached_steps", "statistics_batches"):
+        decides[f"distill.{name}"] = fields[f"distill.{name}"]
+    kept = {name: value for name, value in fingerprints.items() if name != "validation"}
+    return json.loads(json.dumps(decides | {f"{name} fingerprint": value for name, value in kept.items()}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The arrays of a record, by name as in a batch: dtype and shape of a view's, in order."""
+
+    arrays: dict[str, tuple[np.dtype, tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, recipe: DistillRecipe) -> "Layout":
+        arrays: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        for i in range(len(recipe.distill.teachers)):
+            if recipe.distill.match == "logits":
+                k = recipe.top_k()
+                arrays |= {f"classes_{i}": (np.dtype("<u2"), (k,)), f"log_probs_{i}": (np.dtype("<f2"), (k,))}
+            else:
+                width, bf16 = recipe.distill.widths[i], np.dtype(ml_dtypes.bfloat16)
+                arrays |= {f"summary_{i}": (bf16, (width,)), f"patches_{i}": (bf16, (recipe.model.grid**2, width))}
+        return cls(arrays)
+
+    @property
+    def bytes(self) -> int:
+        """Of a record."""
+        return INDEX.itemsize + sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.arrays.values())
+
+    def pack(self, index: int, view: dict[str, np.ndarray]) -> bytes:
+        parts = [np.array(index, INDEX).tobytes()]
+        for name, (dtype, shape) in self.arrays.items():
+            assert view[name].shape == shape
+            parts.append(np.ascontiguousarray(view[name].astype(dtype)).tobytes())
+        return b"".join(parts)
+
+    def unpack(self, records: list[bytes]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Indices in the stream, and the arrays stacked."""
+        whole = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.bytes)
+        indices, start, arrays = whole[:, : INDEX.itemsize].copy().view(INDEX)[:, 0], INDEX.itemsize, {}
+        for name, (dtype, shape) in self.arrays.items():
+            size = dtype.itemsize * math.prod(shape)
+            arrays[name] = whole[:, start : start + size].copy().view(dtype).reshape(len(records), *shape)
+            start += size
+        return indices, arrays
+
+
+def chunk_path(folder: Path, chunk: int, process: int) -> Path:
+    return folder / f"views-{chunk:06d}-{process:05d}.arrayrecord"
+
+
+class Writer:
+    """Writes the views of this process; `missing` says which chunks, after a kill, are still to be done."""
+
+    def __init__(self, folder: Path, recipe: DistillRecipe, found: dict[str, object]) -> None:
+        self._folder, self._recipe, self._layout = folder, recipe, Layout.of(recipe)
+        folder.mkdir(parents=True, exist_ok=True)
+        processes = {"processes": jax.process_count(), "chunk_steps": CHUNK_STEPS, "bytes_per_view": self._layout.bytes}
+        content = {"identity": found, **processes}
+        path = folder / MANIFEST
+        if path.exists():
+            check_same(folder, read_manifest(folder)["identity"], found)
+            same = read_manifest(folder)["processes"] == jax.process_count()
+            check(same, "distill.cache", folder, "was begun by another number of processes; go on with as many")
+        elif any(folder.iterdir()):
+            raise RecipeError(f"distill.cache={folder}: holds files but no {MANIFEST}; give a new or empty folder")
+        elif jax.process_index() == 0:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            temporary.rename(path)
+
+    @property
+    def bytes_per_view(self) -> int:
+        return self._layout.bytes
+
+    def missing(self) -> list[range]:
+        """The steps of each chunk that has no file yet."""
+        steps = self._recipe.distill.cached_steps
+        chunks = [range(start, min(start + CHUNK_STEPS, steps)) for start in range(0, steps, CHUNK_STEPS)]
+        process = jax.process_index()
+        return [c for c in chunks if not chunk_path(self._folder, c.start // CHUNK_STEPS, process).exists()]
+
+    def write(self, steps: range, batches) -> None:
+        """A chunk: `batches` gives, for each step, this process's part of the arrays of `Layout`."""
+        path = chunk_path(self._folder, steps.start // CHUNK_STEPS, jax.process_index())
+        temporary = path.with_suffix(".tmp")
+        writer = array_record_module.ArrayRecordWriter(str(temporary), f"group_size:{GROUP}")
+        for step, batch in zip(steps, batches, strict=True):
+            size = len(next(iter(batch.values())))
+            first = step * self._recipe.batch_size + jax.process_index() * size
+            for position in range(size):
+                view = {name: array[position] for name, array in batch.items()}
+                writer.write(self._layout.pack(first + position, view))
+        writer.close()
+        temporary.rename(path)
+
+
+class Reader:
+    """Reads, a step ahead in the background, this process's part of what the teachers said of a step's views."""
+
+    def __init__(self, folder: Path, recipe: DistillRecipe, found: dict[str, object]) -> None:
+        self._folder, self._recipe, self._layout = folder, recipe, Layout.of(recipe)
+        manifest = read_manifest(folder)
+        check_same(folder, manifest["identity"], found)
+        self._processes, self._chunk_steps = manifest["processes"], manifest["chunk_steps"]
+        chunks = range(math.ceil(recipe.distill.cached_steps / self._chunk_steps))
+        paths = (chunk_path(folder, chunk, process) for chunk in chunks for process in range(self._processes))
+        missing = [path.name for path in paths if not path.exists()]
+        check(
+            not missing, "distill.cache", folder, f"is not complete; launch/teach.py goes on with {len(missing)} files"
+        )
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="cache")
+        self._ahead: dict[int, concurrent.futures.Future] = {}
+        self._open: tuple[Path, array_record_module.ArrayRecordReader] | None = None
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """The arrays of `Layout`, of the views of a step, which may lie beyond the last one that is cached."""
+        future = self._ahead.pop(step, None) or self._pool.submit(self._read, step)
+        self._ahead = {step + 1: self._pool.submit(self._read, step + 1)}
+        return future.result()
+
+    def _read(self, step: int) -> dict[str, np.ndarray]:
+        step %= self._recipe.distill.cached_steps
+        batch, here = self._recipe.batch_size, jax.process_count()
+        written, wanted = batch // self._processes, batch // here  # of a step, by one process
+        first = jax.process_index() * wanted
+        records: list[bytes] = []
+        chunk, row = divmod(step, self._chunk_steps)
+        for process in range(first // written, (first + wanted - 1) // written + 1):
+            start = max(first - process * written, 0)
+            stop = min(first + wanted - process * written, written)
+            reader = self._reader(chunk_path(self._folder, chunk, process))
+            records += reader.read(row * written + start, row * written + stop)
+        indices, arrays = self._layout.unpack(records)
+        expected = step * batch + first + np.arange(wanted)
+        if not np.array_equal(indices, expected):
+            raise RecipeError(f"distill.cache={self._folder}: step {step} has other views; write it anew")
+        return arrays
+
+    def _reader(self, path: Path) -> array_record_module.ArrayRecordReader:
+        if self._open is None or self._open[0] != path:
+            self._open = (path, array_record_module.ArrayRecordReader(str(path)))
+        return self._open[1]
+
+
+def read_manifest(folder: Path) -> dict:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"distill.cache={folder}: has no {MANIFEST}; launch/teach.py makes it") from error
+    except ValueError as error:
+        raise RecipeError(f"distill.cache={folder}: its {MANIFEST} is damaged; give a new folder") from error
+
+
+def check_same(folder: Path, old: dict[str, object], new: dict[str, object]) -> None:
+    """Raises `RecipeError` unless a cache is of this stream of views and these teachers."""
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise RecipeError(
+                f"distill.cache={folder}: is of other views, with {name}={old.get(name)!r}, not {new.get(name)!r}; "
+                "give another folder, or the recipe it was made with"
+            )
+
+
+def most_probable(logits_BC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Classes (B, k), int32, and their log-probabilities, fp32, in falling order."""
+    log_probs, classes = jax.lax.top_k(jax.nn.log_softmax(logits_BC), k)
+    return classes, log_probs
+
+
+def logits_of(classes_BK: jax.Array, log_probs_BK: jax.Array, num_classes: int) -> jax.Array:
+    """Log-probabilities of all classes (B, C), fp32: what the given ones leave is spread evenly over the others."""
+    count, k = classes_BK.shape
+    log_probs = log_probs_BK.astype(jnp.float32)
+    left = jnp.maximum(1 - jnp.sum(jnp.exp(log_probs), axis=1, keepdims=True), 1e-7)
+    rest = jnp.log(left / max(num_classes - k, 1))
+    full = jnp.broadcast_to(rest, (count, num_classes))
+    return full.at[jnp.arange(count)[:, None], classes_BK.astype(jnp.int32)].set(log_probs)

@@ -1,0 +1,172 @@
+"""Teachers' words from a cache are those of the teachers, for the same views, in the same order, and for no others."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import MeshFactory
+from scipy.special import log_softmax
+from teachers import recipe
+
+from distill import cache
+from distill.config import DistillRecipe
+from launch.preparation import preparation, teacher_fingerprints
+from launch.teach import teach
+from launch.tpu import run
+from vit22b import data
+from vit22b.config import MeshConfig, RecipeError
+from vit22b.report import read_metrics
+from vit22b.train import place
+
+
+def cached(teachers: list[str], folder: Path, **changes) -> DistillRecipe:
+    return recipe(teachers, cache=str(folder), cached_steps=4, top_k=10, **changes)
+
+
+@pytest.fixture(scope="module")
+def written(teachers: list[str], tmp_path_factory: pytest.TempPathFactory) -> DistillRecipe:
+    """The cache of both teachers for four steps, in two chunks; after a kill in the second it is the same."""
+    folder = tmp_path_factory.mktemp("cache") / "views"
+    given = cached(teachers, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "CHUNK_STEPS", 2)
+        teach(given)
+        first, second = sorted(folder.glob("*.arrayrecord"))
+        before = [path.read_bytes() for path in (first, second)]
+        second.rename(second.with_suffix(".tmp"))  # half a file, for all that the next start knows
+        age = first.stat().st_mtime_ns
+        teach(given)
+        assert first.stat().st_mtime_ns == age
+        assert [path.read_bytes() for path in (first, second)] == before
+    return given
+
+
+def batches(given: DistillRecipe, steps: range, mesh: MeshFactory) -> list[dict[str, np.ndarray]]:
+    """What the train step gets in these steps."""
+    found = []
+    with mesh():
+        sources = data.open_sources(given)
+        fingerprints = {"train": sources[0].fingerprint(), **teacher_fingerprints(given)}
+        prepare = preparation(given, sources, fingerprints, lambda text: None)
+        stream = data.train_batches(sources[0], given, steps.start, 0, 1)
+        for step in steps:
+            batch = prepare(place(next(stream)), step)
+            found.append({name: np.asarray(x, np.float32) for name, x in batch.items()})
+        stream.close()
+    return found
+
+
+def test_views_are_those_of_live_teaching_and_what_is_said_of_them_too(
+    written: DistillRecipe, mesh: MeshFactory
+) -> None:
+    """Then they begin anew, mixed as before."""
+    live, stored = batches(written.without_cache(), range(4), mesh), batches(written, range(6), mesh)
+    for step, found in enumerate(stored):
+        expected = live[step % 4]
+        assert found.keys() == expected.keys()
+        for name in ("image", "targets"):
+            np.testing.assert_array_equal(found[name], expected[name])
+        for name in ("logits_0", "logits_1"):  # of log-probabilities fp16 has three digits
+            np.testing.assert_allclose(found[name], log_softmax(expected[name], axis=1), atol=5e-3)
+    assert not np.array_equal(live[0]["image"], live[1]["image"])
+
+
+def test_a_run_from_a_cache_is_that_with_the_teachers(written: DistillRecipe, tmp_path: Path) -> None:
+    assert run(written.without_cache(), tmp_path / "live") == 0
+    assert run(dataclasses.replace(written, mesh=MeshConfig(data=2, replica=4)), tmp_path / "cached") == 0
+    live, stored = (read_metrics(tmp_path / name)["train/loss"] for name in ("live", "cached"))
+    assert stored == pytest.approx(live, rel=2e-3)
+
+
+def test_features_are_stored_as_they_are_matched(teachers: list[str], tmp_path: Path, mesh: MeshFactory) -> None:
+    given = cached(teachers, tmp_path / "views", match="features", widths=(32, 48), statistics_batches=1)
+    teach(given)
+    live, stored = batches(given.without_cache(), range(2), mesh), batches(given, range(2), mesh)
+    for one, other in zip(live, stored, strict=True):
+        for name, value in one.items():  # compiled on its own, a teacher now and then rounds to the other side
+            np.testing.assert_allclose(other[name], value, rtol=2**-7, atol=2e-4, err_msg=name)
+
+
+def test_other_processes_read_their_parts_of_what_two_have_written(
+    teachers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, rng = cached(teachers[:1], tmp_path / "views"), np.random.default_rng(0)
+    classes = rng.integers(0, 10, (4, 16, 10)).astype(np.uint16)
+    said = [{"classes_0": c, "log_probs_0": -c.astype(np.float16)} for c in classes]
+
+    def act_as(process: int, count: int) -> None:
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+
+    for process in range(2):
+        act_as(process, 2)
+        part = slice(8 * process, 8 * process + 8)
+        writer = cache.Writer(tmp_path / "views", given, {"seed": 0})
+        for steps in writer.missing():
+            writer.write(steps, ({name: x[part] for name, x in said[step].items()} for step in steps))
+    for count in (1, 2, 4):
+        for process in range(count):
+            act_as(process, count)
+            reader = cache.Reader(tmp_path / "views", given, {"seed": 0})
+            part = slice(16 // count * process, 16 // count * (process + 1))
+            for step in (0, 1, 3, 6):
+                found = reader(step)
+                np.testing.assert_array_equal(found["classes_0"], classes[step % 4][part])
+                np.testing.assert_array_equal(found["log_probs_0"], -classes[step % 4][part].astype(np.float16))
+
+
+def test_what_the_top_classes_leave_is_spread_over_the_others() -> None:
+    logits = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32) * 2
+    classes, log_probs = cache.most_probable(jnp.asarray(logits), 4)
+    exact, found = log_softmax(logits, axis=1), np.asarray(cache.logits_of(classes, log_probs, 12))
+    np.testing.assert_allclose(np.exp(found).sum(1), 1, rtol=1e-5)
+    for row, top in enumerate(np.argsort(-exact, axis=1)[:, :4]):
+        assert set(np.asarray(classes)[row]) == set(top)
+        np.testing.assert_allclose(found[row, top], exact[row, top], rtol=1e-5)
+        others = np.setdiff1d(np.arange(12), top)
+        np.testing.assert_allclose(np.exp(found[row, others]), (1 - np.exp(exact[row, top]).sum()) / 8, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: dataclasses.replace(r, seed=1), "is of other views, with seed=0, not 1"),
+        (lambda r: dataclasses.replace(r, data=dataclasses.replace(r.data, flip=False)), "with data.flip=True"),
+        (
+            lambda r: dataclasses.replace(r, distill=dataclasses.replace(r.distill, cached_steps=8)),
+            "with distill.cached_steps=4, not 8",
+        ),
+        (
+            lambda r: dataclasses.replace(r, distill=dataclasses.replace(r.distill, teachers=r.distill.teachers[::-1])),
+            "with teacher 0 fingerprint",
+        ),
+        (
+            lambda r: dataclasses.replace(r, distill=dataclasses.replace(r.distill, cache="nowhere")),
+            "distill.cache=nowhere: has no manifest.json",
+        ),
+    ],
+)
+def test_a_cache_of_other_views_is_refused(change, message: str, written: DistillRecipe, mesh: MeshFactory) -> None:
+    with pytest.raises(RecipeError, match=message) as raised:
+        batches(change(written), range(1), mesh)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_cache_that_says_something_else_is_refused(written: DistillRecipe, tmp_path: Path, mesh: MeshFactory) -> None:
+    """As of a teacher whose weights have changed, and the sizes of whose files have not."""
+    layout, source = cache.Layout.of(written), cache.Reader(Path(written.distill.cache), written, identity_of(written))
+    writer = cache.Writer(tmp_path / "views", written, identity_of(written))
+    for steps in writer.missing():
+        writer.write(steps, ({n: -x if n.startswith("log") else x for n, x in source(s).items()} for s in steps))
+    assert layout.bytes == 8 + 2 * 10 * 4
+    other = dataclasses.replace(written, distill=dataclasses.replace(written.distill, cache=str(tmp_path / "views")))
+    with pytest.raises(RecipeError, match="the teachers say something else"):
+        batches(other, range(1), mesh)
+
+
+def identity_of(given: DistillRecipe) -> dict:
+    return json.loads((Path(given.distill.cache) / cache.MANIFEST).read_text())["identity"]
