@@ -68,7 +68,7 @@ class Layout:
         return cls(arrays)
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Of a record."""
         return INDEX.itemsize + sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.arrays.values())
 
@@ -81,7 +81,7 @@ class Layout:
 
     def unpack(self, records: list[bytes]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Indices in the stream, and the arrays stacked."""
-        whole = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.bytes)
+        whole = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.size)
         indices, start, arrays = whole[:, : INDEX.itemsize].copy().view(INDEX)[:, 0], INDEX.itemsize, {}
         for name, (dtype, shape) in self.arrays.items():
             size = dtype.itemsize * math.prod(shape)
@@ -100,7 +100,7 @@ class Writer:
     def __init__(self, folder: Path, recipe: DistillRecipe, found: dict[str, object]) -> None:
         self._folder, self._recipe, self._layout = folder, recipe, Layout.of(recipe)
         folder.mkdir(parents=True, exist_ok=True)
-        processes = {"processes": jax.process_count(), "chunk_steps": CHUNK_STEPS, "bytes_per_view": self._layout.bytes}
+        processes = {"processes": jax.process_count(), "chunk_steps": CHUNK_STEPS, "bytes_per_view": self._layout.size}
         content = {"identity": found, **processes}
         path = folder / MANIFEST
         if path.exists():
@@ -116,7 +116,7 @@ class Writer:
 
     @property
     def bytes_per_view(self) -> int:
-        return self._layout.bytes
+        return self._layout.size
 
     def missing(self) -> list[range]:
         """The steps of each chunk that has no file yet."""

@@ -19,7 +19,7 @@ from distill.layouts import LAYOUTS
 from distill.layouts.tables import Layout, Rule, expand, read, their_shapes, write
 from distill.tensors import write_npz, write_safetensors, write_sharded_safetensors
 from distill.weights import METADATA, Source, abstract, checked_rules
-from vit22b.checkpoint import Checkpoints
+from vit22b.checkpoint import Checkpoints, restore_model
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
 from vit22b.model import ViT
 from vit22b.names import named_leaves
@@ -135,9 +135,7 @@ def save_workdir(model: ViT, workdir: Path, name: str, data: Mapping[str, Any], 
 def load_workdir(workdir: Path) -> tuple[ViT, Recipe]:
     """The model of a run, or of converted weights, on the mesh in force."""
     recipe = read_recipe(workdir)
-    return Checkpoints(workdir / "checkpoints", recipe).restore_model(
-        concrete(abstract(recipe.model), get_mesh())
-    ), recipe
+    return restore_model(workdir / "checkpoints", concrete(abstract(recipe.model), get_mesh())), recipe
 
 
 def check_unplaced(rules: list[Rule], parameters: Mapping[str, jax.Array], layout: Layout) -> None:

@@ -97,7 +97,7 @@ class Distillation:
 
     def loss(self, trained: Any, batch: Batch, key: jax.Array) -> tuple[jax.Array, Batch]:
         """The sum of all students' losses. Metrics are the first student's, and the others' with their name before."""
-        total, metrics = jnp.zeros(()), {}
+        total, metrics = jnp.zeros(()), Batch()
         for name, student in named_students(trained).items():
             loss, found = self._loss_of_one(student, batch, key)
             total, prefix = total + loss, prefix_of(name)

@@ -34,7 +34,7 @@ from vit22b.sharding import BATCH
 from vit22b.sources import Source
 from vit22b.step import compile_eval_step, step_key
 from vit22b.train import evaluate, place
-from vit22b.workdir import model_config, read_recipe
+from vit22b.workdir import read_recipe
 
 RANDOM = "random:"
 
@@ -98,9 +98,8 @@ def read_teacher(name: str) -> tuple[ModelConfig, DataConfig]:
         get_config = runpy.run_path(path)["get_config"]
         recipe = get_config(argument) if argument else get_config()
         return recipe.model, recipe.data
-    fields = read_recipe(Path(name))
-    normal = {key: tuple(fields[f"data.{key}"]) for key in ("mean", "std")}
-    return model_config(fields), DataConfig(train="", validation="", **normal)
+    recipe = read_recipe(Path(name))
+    return recipe.model, recipe.data
 
 
 def fingerprint(name: str) -> str:
@@ -113,7 +112,7 @@ def fingerprint(name: str) -> str:
         for path in (folder / "checkpoints").rglob("*")
         if path.is_file()
     )
-    return hashlib.sha256(json.dumps([read_recipe(folder), files]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([read_recipe(folder).flat(), files]).encode()).hexdigest()[:16]
 
 
 def check_teacher(name: str, config: ModelConfig, recipe: DistillRecipe, index: int) -> None:
@@ -127,6 +126,8 @@ def check_teacher(name: str, config: ModelConfig, recipe: DistillRecipe, index: 
     else:
         width = distill.widths[index]
         check(config.width == width, "distill.widths", width, f"{name} has features of {config.width}")
+        found = f"{name} pools by it, to twice its width: only classes can be learned from it"
+        check(config.pooled_width == width, "model.pool", repr(config.pool), found)
     own = Recipe(name="teacher", total_steps=1, batch_size=recipe.batch_size, model=config, data=recipe.data)
     try:
         sharding.check_divisibility(own, tuple(get_mesh().shape.values()))

@@ -1,9 +1,9 @@
 """ViT-B/16 at 384 px learns ImageNet-1k's classes from a frozen teacher, patiently: ViT-22B's distillation.
 
-Source: Dehghani et al. 2023 (arXiv 2302.05442), section 4.6: students at 384 px, KL divergence, 1,000 epochs, 500 stored
-    views per image; and Beyer et al. 2022 (arXiv 2106.05237) for function matching: the same crop, flip and mixup for
-    both, temperature 1. ViT-22B's weights are not public: `teachers` is whatever launch/convert.py or a run of one's own
-    has left in a work directory, with ImageNet-1k's 1,000 classes.
+Source: Dehghani et al. 2023 (arXiv 2302.05442), section 4.6: students at 384 px, KL divergence, 1,000 epochs, 500
+    stored views per image; and Beyer et al. 2022 (arXiv 2106.05237) for function matching: the same crop, flip and
+    mixup for both, temperature 1. ViT-22B's weights are not public: `teachers` is whatever launch/convert.py or a run
+    of one's own has left in a work directory, with ImageNet-1k's 1,000 classes.
 Command: python launch/tpu.py --config recipes/distill_b16.py --config.distill.teachers="('runs/teacher',)"
     From a cache of 500 views per image, written once:
     python launch/teach.py --config recipes/distill_b16.py --config.distill.teachers="('runs/teacher',)"

@@ -1,7 +1,7 @@
 """ViT-B/16 learns to see as DINOv3 ViT-7B/16 does: its pooled features and its patches', without labels.
 
-Source: Simeoni et al. 2025, "DINOv3" (its students see the teacher's own losses; here they match its features); matching
-    standardised features through a head per teacher is AM-RADIO's, Ranzinger et al. 2024 (arXiv 2312.06709).
+Source: Simeoni et al. 2025, "DINOv3" (whose students learn by the teacher's own losses; here they match its features);
+    matching standardised features through a head per teacher is AM-RADIO's, Ranzinger et al. 2024 (arXiv 2312.06709).
 Command: python launch/tpu.py --config recipes/distill_b16_dinov3.py
     after: python launch/convert.py --from hf:facebook/dinov3-vit7b16-pretrain-lvd1689m --to runs/dinov3_7b
 Expected: not known. The validation accuracy in the log is that of a linear classifier that learns from labels on the

@@ -212,7 +212,7 @@ def test_independent_models_are_clipped_each_by_its_own_norm() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teachers": ("nowhere",)}, "nowhere: is no work directory"),
+        ({"teachers": ("nowhere",)}, "nowhere: holds no recipe.json"),
         ({"image_sizes": (10,)}, r"distill.image_sizes=10: .* has patches of 4; try 8"),
         ({"match": "features", "widths": (31,)}, r"distill.widths=31: .* has features of 32"),
         ({"match": "features"}, r"distill.widths=\(\): needs one number for each of 1 teacher"),

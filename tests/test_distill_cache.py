@@ -162,7 +162,7 @@ def test_a_cache_that_says_something_else_is_refused(written: DistillRecipe, tmp
     writer = cache.Writer(tmp_path / "views", written, identity_of(written))
     for steps in writer.missing():
         writer.write(steps, ({n: -x if n.startswith("log") else x for n, x in source(s).items()} for s in steps))
-    assert layout.bytes == 8 + 2 * 10 * 4
+    assert layout.size == 8 + 2 * 10 * 4
     other = dataclasses.replace(written, distill=dataclasses.replace(written.distill, cache=str(tmp_path / "views")))
     with pytest.raises(RecipeError, match="the teachers say something else"):
         batches(other, range(1), mesh)

@@ -105,26 +105,6 @@ class Checkpoints:
             )
         return jax.tree.unflatten(structure, [restored.state[name] for name in names])
 
-    def restore_model(self, abstract):
-        """The newest model alone, as evaluation uses it: the weights' moving average where the recipe has one.
-
-        `abstract`: a model's shapes, placed as it shall be. Optimizer state is not read.
-        """
-        step, prefix = self.latest_step, "ema/" if self._recipe.optim.ema_decay else "model/"
-        if step is None:
-            raise RecipeError(f"{self._manager.directory}: holds no checkpoint")
-        names, structure = named_leaves(abstract), jax.tree.structure(abstract)
-        wanted = {prefix + name: leaf for name, leaf in names.items()}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
-        state = ocp.args.PyTreeRestore(wanted, restore_args=restore_args, partial_restore=True)
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=state))
-        except Exception as error:  # orbax, tensorstore and the file system each raise their own
-            raise RecipeError(
-                f"{self._manager.directory / str(step)}: no such model can be restored ({type(error).__name__})"
-            ) from error
-        return jax.tree.unflatten(structure, [restored.state[prefix + name] for name in names])
-
     @contextlib.contextmanager
     def stopping_on(self, *signals: signal.Signals) -> Iterator[None]:
         """Within it, one of these signals ends training after the current step, with a checkpoint; two do at once.

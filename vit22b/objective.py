@@ -31,9 +31,6 @@ class Objective(Protocol):
     def models(self, trained: Any) -> dict[str, ViT]:
         """The models that are evaluated, each with the prefix of its metrics' names."""
 
-    def parts(self, tree: Any) -> dict[str, Any]:
-        """What is trained, or a tree like it, in parts whose gradients are clipped each by its own norm."""
-
     def flops(self) -> int:
         """Matmul FLOPs of one image's training step that count for MFU."""
 
@@ -65,9 +62,6 @@ class Supervised:
 
     def models(self, trained: ViT) -> dict[str, ViT]:
         return {"": trained}
-
-    def parts(self, tree: Any) -> dict[str, Any]:
-        return {"": tree}
 
     def flops(self) -> int:
         return train_flops(self._recipe.model)
