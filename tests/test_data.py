@@ -574,3 +574,21 @@ def test_a_batch_that_processes_cannot_share_is_told_in_one_line():
     ):
         with pytest.raises(RecipeError, match=r"^batch_size=24: must be a multiple of the 5 processes; try 25$"):
             batches()
+
+
+def test_some_of_the_training_images_are_the_same_ones_for_every_seed():
+    whole, validation = data.open_sources(make_recipe())
+    some, same = data.open_sources(make_recipe(train_images=50, seed=3))
+    assert len(some) == 50
+    assert same.fingerprint() == validation.fingerprint()
+    assert some.fingerprint() != whole.fingerprint()
+    images = [whole[i][0].tobytes() for i in range(len(whole))]
+    found = [images.index(some[i][0].tobytes()) for i in range(50)]
+    assert found == sorted(set(found))
+    assert [some[i][1] for i in range(50)] == [whole[i][1] for i in found]
+    again, _ = data.open_sources(make_recipe(train_images=50, seed=4))
+    assert again.fingerprint() == some.fingerprint()
+    assert pickle.loads(pickle.dumps(again))[7][1] == some[7][1]
+    too_many = make_recipe(train_images=1438)
+    with pytest.raises(RecipeError, match=r"has 1437 images, fewer than data\.train_images=1438"):
+        data.open_sources(too_many)

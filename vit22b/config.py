@@ -320,6 +320,7 @@ class DataConfig:
 
     train: str
     validation: str
+    train_images: int = 0  # so many of the training set, the same for every seed; 0: all
     crop: str = "inception"  # 'inception' [Szegedy 2015]; 'resize'; 'shift': pad by 1/8, crop at random
     min_area: float = 0.05  # inception crop: smallest part of the image's area
     eval_crop_fraction: float = 0.875  # evaluation resizes the short side to image_size / this, then crops the centre
@@ -354,7 +355,7 @@ class DataConfig:
             self.randaugment_magnitude,
             "must be in 0..30",
         )
-        for name in ("mixup", "cutmix", "color_jitter", "workers"):
+        for name in ("mixup", "cutmix", "color_jitter", "workers", "train_images"):
             check(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "must be 0 (off) or positive")
         for name in ("randaugment_layers", "threads", "prefetch_batches"):
             check(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")

@@ -63,6 +63,9 @@ def open_sources(recipe: Recipe) -> tuple[Source, Source]:
         open_source(name, split, image_size=model.image_size, num_classes=model.num_classes)
         for split, name in names.items()
     )
+    limit = recipe.data.train_images
+    train.request.check(limit <= len(train), f"has {len(train)} images, fewer than data.train_images={limit}")
+    train = train.some(limit) if limit else train
     for split, source in (("train", train), ("validation", validation)):
         source.request.check(len(source) > 0, "has no images")
         found = f"data.{split}={source.name!r} has {source.num_classes} classes"

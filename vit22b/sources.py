@@ -101,6 +101,24 @@ class Source:
         digest = hashlib.sha256(f"{self.num_classes} ".encode() + self.identity).hexdigest()[:16]
         return f"{self.name.partition(':')[0]}-{self.size}-{digest}"
 
+    def some(self, count: int) -> "Source":
+        """`count` of the images, the same ones whatever the recipe's seed, in the order they lie in."""
+        chosen = np.sort(np.random.default_rng(0).permutation(self.size)[:count])
+        return dataclasses.replace(
+            self, size=count, read=_Chosen(self.read, chosen), identity=self.identity + f" {count}".encode()
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """A function, rather than a closure: it is sent to workers."""
+
+    read: Callable[[int], tuple[np.ndarray | io.BytesIO | str, int]]
+    chosen: np.ndarray
+
+    def __call__(self, index: int) -> tuple[np.ndarray | io.BytesIO | str, int]:
+        return self.read(int(self.chosen[index]))
+
 
 def open_source(spec: str, default_split: str, *, image_size: int, num_classes: int) -> Source:
     """Opens `spec`, one of the forms above.
