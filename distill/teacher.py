@@ -24,6 +24,7 @@ from vit22b import data, sharding
 from vit22b.checkpoint import restore_model
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError, check
 from vit22b.flops import forward_flops
+from vit22b.hardware import multiplies_fp8
 from vit22b.matmul import DTYPES
 from vit22b.mix import mix, normalize
 from vit22b.model import Output, ViT
@@ -118,6 +119,9 @@ def fingerprint(name: str) -> str:
 def check_teacher(name: str, config: ModelConfig, recipe: DistillRecipe, index: int) -> None:
     """Raises `RecipeError` unless the teacher has what the recipe wants of it."""
     distill, size = recipe.distill, recipe.teacher_sizes()[index]
+    device = get_mesh().devices.flat[0]
+    ok = distill.matmul != "fp8" or multiplies_fp8(device)
+    check(ok, "distill.matmul", "'fp8'", f"{device.device_kind} has no fp8 matmuls; use 'bf16'")
     p = config.patch_size
     check(size % p == 0, "distill.image_sizes", size, f"{name} has patches of {p}; try {max(size // p, 1) * p}")
     if distill.match == "logits":

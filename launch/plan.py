@@ -36,6 +36,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["JAX_PLATFORMS"] = "cpu"  # what is planned for need not be here, and a GPU here must not be programmed for
 
+from distill.config import DistillRecipe
 from launch.command_line import flag_parser, parse
 from vit22b import search, sharding
 from vit22b.analytic import estimate
@@ -130,6 +131,8 @@ def main() -> int:
         if arguments.topology is None:
             raise RecipeError("--topology: give one, for example --topology v4:8x8x16")
         recipe, workdir = parse([sys.argv[0], *rest])
+        if isinstance(recipe, DistillRecipe):
+            raise RecipeError(f"--config: {recipe.name} has teachers, which a plan does not count; give a plain recipe")
         if workdir is not None:
             raise RecipeError(f"--workdir={workdir}: a plan writes nothing but --json FILE")
         if arguments.json is not None:

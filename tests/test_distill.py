@@ -209,6 +209,45 @@ def test_independent_models_are_clipped_each_by_its_own_norm() -> None:
     assert float(norm) == pytest.approx(np.hypot(5, 0.5))
 
 
+def test_labels_take_their_part_of_the_loss(teachers: list[str], mesh: MeshFactory) -> None:
+    """Twice, with different weights: both equations give the same two losses, by hand from the student's logits."""
+    given = recipe(teachers, weights=(1.0, 0.5), temperature=2.0)
+    _, taught, _, _ = annotated(given, mesh)
+    rng = np.random.default_rng(0)
+    with mesh() as m:
+        batch = place({k: v.astype(given.objective().batch()[k].dtype) for k, v in taught.items()})
+        model = jax.jit(given.objective().init)(jax.random.key(0))
+        head = rng.normal(size=model.head_kernel.shape).astype(np.float32)
+        model.head_kernel[...] = jax.device_put(head, model.head_kernel[...].sharding)
+        plain = dataclasses.replace(given, model=dataclasses.replace(given.model, stochastic_depth=0.0))
+        logits = np.asarray(jax.jit(lambda model, x: model(x).logits)(model, batch["image"]), np.float64)
+        found = []
+        for weight in (0.0, 0.25):
+            r = dataclasses.replace(plain, distill=dataclasses.replace(given.distill, label_weight=weight))
+            model.config = r.model
+            found.append(float(jax.jit(r.objective().loss)(model, batch, jax.random.key(1))[0]))
+        assert m.size == 1
+    labels = -(taught["targets"] * log_softmax(logits, axis=1)).sum(1).mean()
+
+    def teachers_part(i: int) -> float:
+        theirs, own = (log_softmax(x / 2.0, axis=1) for x in (taught[f"logits_{i}"].astype(np.float64), logits))
+        return 4 * (np.exp(theirs) * (theirs - own)).sum(1).mean()
+
+    taught_loss = teachers_part(0) + 0.5 * teachers_part(1)
+    assert found[0] == pytest.approx(taught_loss, rel=1e-4)
+    assert found[1] == pytest.approx(0.75 * taught_loss + 0.25 * labels, rel=1e-4)
+
+
+def test_a_run_of_several_students_evaluates_each(teachers: list[str], tmp_path: Path) -> None:
+    given = recipe(teachers[:1], match="features", widths=(32,), adaptor_dim=16, more_students=("0.5M",))
+    assert run(dataclasses.replace(given, total_steps=2), tmp_path) == 0
+    metrics = read_metrics(tmp_path)
+    for prefix in ("", "0.5M/"):
+        assert set(metrics[f"validation/{prefix}top1"]) == {2}
+        for name in ("summary", "patches", "label_loss"):  # far from what a constant would lose
+            assert 0.3 < metrics[f"train/{prefix}{name}"][2] < 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

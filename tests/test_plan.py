@@ -298,6 +298,12 @@ def test_a_mistake_is_answered_in_one_line(arguments: list[str], message: str) -
     assert result.stderr.count("\n") == 1
 
 
+def test_a_plan_refuses_teachers_which_it_does_not_count() -> None:
+    result = run_plan("--config", "recipes/distill_smoke.py", "--topology", "gpu:h200x8")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: --config: distill_smoke_student has teachers")
+
+
 def test_a_tpu_slices_plan_is_compiled_with_rings_and_without_blocking_collectives() -> None:
     pytest.importorskip("libtpu", reason="pip install -r requirements-tpu.txt")
     cluster = open_cluster("v4:2x2x1")
