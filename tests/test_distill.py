@@ -14,7 +14,7 @@ from scipy.special import log_softmax
 from teachers import recipe
 
 from distill import teacher
-from distill.config import DistillRecipe
+from distill.config import STUDENT_SIZES, DistillRecipe
 from distill.losses import agreement, divergence, unexplained
 from launch.tpu import run
 from vit22b import data
@@ -177,10 +177,17 @@ def test_a_run_stopped_by_a_signal_resumes_bitwise(
         np.testing.assert_array_equal(resumed[name], value, err_msg=name)
 
 
-def test_students_in_one_run_are_those_of_runs_of_their_own(teachers: list[str], mesh: MeshFactory) -> None:
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a size smaller than any there is."""
+    monkeypatch.setitem(STUDENT_SIZES, "0.5M", (16, 1, 32, 2))
+    return "0.5M"
+
+
+def test_students_in_one_run_are_those_of_runs_of_their_own(small: str, teachers: list[str], mesh: MeshFactory) -> None:
     """One step from the same parameters: the others' gradients and norms have no part in a student's."""
     together = dataclasses.replace(
-        recipe(teachers[:1], more_students=("0.5M",)), optim=OptimConfig(learning_rate=1e-2, clip_norm=0.01)
+        recipe(teachers[:1], more_students=(small,)), optim=OptimConfig(learning_rate=1e-2, clip_norm=0.01)
     )
     _, taught, _, _ = annotated(together, mesh)
     with mesh():
@@ -188,7 +195,7 @@ def test_students_in_one_run_are_those_of_runs_of_their_own(teachers: list[str],
         assert isinstance(state.model, Independent)
         batch = place({k: v.astype(together.objective().batch()[k].dtype) for k, v in taught.items()})
         after, metrics = jax.jit(functools.partial(train_step, together))(state, batch)
-        assert {"agreement", "0.5M/agreement"} <= set(metrics)
+        assert {"agreement", f"{small}/agreement"} <= set(metrics)
         for name, config in together.students().items():
             alone = dataclasses.replace(
                 together, model=config, distill=dataclasses.replace(together.distill, more_students=())
@@ -238,11 +245,11 @@ def test_labels_take_their_part_of_the_loss(teachers: list[str], mesh: MeshFacto
     assert found[1] == pytest.approx(0.75 * taught_loss + 0.25 * labels, rel=1e-4)
 
 
-def test_a_run_of_several_students_evaluates_each(teachers: list[str], tmp_path: Path) -> None:
-    given = recipe(teachers[:1], match="features", widths=(32,), adaptor_dim=16, more_students=("0.5M",))
+def test_a_run_of_several_students_evaluates_each(small: str, teachers: list[str], tmp_path: Path) -> None:
+    given = recipe(teachers[:1], match="features", widths=(32,), adaptor_dim=16, more_students=(small,))
     assert run(dataclasses.replace(given, total_steps=2), tmp_path) == 0
     metrics = read_metrics(tmp_path)
-    for prefix in ("", "0.5M/"):
+    for prefix in ("", f"{small}/"):
         assert set(metrics[f"validation/{prefix}top1"]) == {2}
         for name in ("summary", "patches", "label_loss"):  # far from what a constant would lose
             assert 0.3 < metrics[f"train/{prefix}{name}"][2] < 4
