@@ -42,7 +42,7 @@ RANDOM = "random:"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """A frozen model. `config` is as it computes here: at the recipe's image size, in the teachers' dtype."""
+    """A frozen model. `config` is as it computes here, in the teachers' dtype; its image size is its positions'."""
 
     name: str
     config: ModelConfig
