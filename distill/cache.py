@@ -24,24 +24,22 @@ import numpy as np
 from array_record.python import array_record_module
 
 from distill.config import DistillRecipe
-from vit22b.config import RecipeError, check
+from vit22b.config import RecipeError, check, is_resumable
 
 MANIFEST = "manifest.json"
 CHUNK_STEPS = 100  # in a file; what a kill loses at most
 GROUP = 64  # records that are compressed together
 INDEX = np.dtype("<u8")
-# What decides a view, or what a teacher says of it. Where data lie may change: they have fingerprints.
-FREE = ("data.train", "data.validation", "data.workers", "data.threads", "data.prefetch_batches")
 
 
 def identity(recipe: DistillRecipe, fingerprints: dict[str, str]) -> dict[str, object]:
-    """What a cache and a run that uses it must have in common."""
+    """What a cache and a run that uses it must have in common: what decides a view, or what a teacher says of it."""
     fields = recipe.flat()
     decides = {
         name: value
         for name, value in fields.items()
         if name in ("seed", "batch_size", "model.image_size", "model.patch_size", "model.num_classes")
-        or (name.startswith("data.") and name not in FREE)
+        or (name.startswith("data.") and not is_resumable(name))
     }
     for name in ("teaching", "match", "image_sizes", "widths", "matmul", "top_k", "cached_steps", "statistics_batches"):
         decides[f"distill.{name}"] = fields[f"distill.{name}"]

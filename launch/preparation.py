@@ -35,7 +35,8 @@ def preparation(
     """
     if not isinstance(recipe, DistillRecipe):
         return NoPreparation()
-    teaching = live_teaching(recipe, sources, note)
+    # Not of the cached views: those lack what a teacher alone sees, and begin anew, perhaps within its statistics.
+    teaching = live_teaching(recipe.without_cache(), sources, note)
     if not recipe.distill.cache:
         return teaching
     folder = Path(recipe.distill.cache)

@@ -82,8 +82,14 @@ def test_a_run_from_a_cache_is_that_with_the_teachers(written: DistillRecipe, tm
     assert stored == pytest.approx(live, rel=2e-3)
 
 
-def test_features_are_stored_as_they_are_matched(teachers: list[str], tmp_path: Path, mesh: MeshFactory) -> None:
-    given = cached(teachers, tmp_path / "views", match="features", widths=(32, 48), statistics_batches=1)
+@pytest.mark.parametrize("teaching", ["function_matching", "independent"])
+def test_features_are_stored_as_they_are_matched(
+    teaching: str, teachers: list[str], tmp_path: Path, mesh: MeshFactory
+) -> None:
+    """Standardised over more batches than are cached, of what a teacher alone may see."""
+    mixup = float(teaching == "function_matching")
+    features = {"match": "features", "widths": (32,), "statistics_batches": 5, "teaching": teaching}
+    given = cached(teachers[:1], tmp_path / "views", mixup=mixup, **features)
     teach(given)
     live, stored = batches(given.without_cache(), range(2), mesh), batches(given, range(2), mesh)
     for one, other in zip(live, stored, strict=True):

@@ -13,7 +13,7 @@ import pytest
 from launch.tpu import run
 from vit22b import data, step
 from vit22b.checkpoint import Checkpoints
-from vit22b.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Recipe, RecipeError, RunConfig
+from vit22b.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Recipe, RecipeError, RunConfig, is_resumable
 from vit22b.metrics import classification_sums
 from vit22b.mix import normalize
 from vit22b.names import named_leaves
@@ -200,6 +200,13 @@ def test_a_missing_last_evaluation_is_made_up_for(finished, tmp_path, capsys):
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(lines[:-1]))
     assert run(tiny(mesh=MeshConfig(replica=2, data=2, model=2)), tmp_path / "run") == 0
     assert read_metrics(tmp_path / "run")["validation/loss"] == read_metrics(finished)["validation/loss"]
+
+
+def test_a_field_whose_name_only_begins_as_one_that_may_change_may_not():
+    for may, may_not in (("data.train", "data.train_images"), ("distill.cache", "distill.cached_steps")):
+        assert is_resumable(may)
+        assert not is_resumable(may_not)
+    assert is_resumable("mesh.data")
 
 
 def test_a_resumed_run_may_change_where_it_is_computed(finished):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from vit22b.config import RESUMABLE, Recipe, RecipeError, from_flat
+from vit22b.config import Recipe, RecipeError, from_flat, is_resumable
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets", "pillow")
 
@@ -61,7 +61,7 @@ def read_recipe(workdir: Path) -> Recipe:
 def check_same_run(workdir: Path, old: dict[str, object], new: dict[str, object]) -> None:
     """Raises `RecipeError` unless the recipes agree in all that decides a run's result."""
     for name in sorted(old.keys() & new.keys()):  # a field that only one version of the code has decides nothing
-        if old[name] != new[name] and not name.startswith(RESUMABLE):
+        if old[name] != new[name] and not is_resumable(name):
             raise RecipeError(
                 f"--workdir={workdir}: holds another run, with {name}={old[name]!r}, not {new[name]!r}; "
                 "give another --workdir, or the recipe it was started with"
