@@ -25,6 +25,7 @@ from array_record.python import array_record_module
 
 from distill.config import DistillRecipe
 from vit22b.config import RecipeError, check, is_resumable
+from vit22b.workdir import write_json
 
 MANIFEST = "manifest.json"
 CHUNK_STEPS = 100  # in a file; what a kill loses at most
@@ -108,9 +109,7 @@ class Writer:
         elif any(folder.iterdir()):
             raise RecipeError(f"distill.cache={folder}: holds files but no {MANIFEST}; give a new or empty folder")
         elif jax.process_index() == 0:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            temporary.rename(path)
+            write_json(path, content)
 
     @property
     def bytes_per_view(self) -> int:

@@ -18,18 +18,18 @@ from jax.sharding import get_mesh
 from distill.layouts import LAYOUTS
 from distill.layouts.tables import Layout, Rule, expand, read, their_shapes, write
 from distill.tensors import write_npz, write_safetensors, write_sharded_safetensors
-from distill.weights import METADATA, Source, abstract, checked_rules
+from distill.weights import METADATA, Source, checked_rules
 from vit22b.checkpoint import Checkpoints, restore_model
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
-from vit22b.model import ViT
+from vit22b.model import ViT, abstract_model
 from vit22b.names import named_leaves
 from vit22b.sharding import concrete
-from vit22b.workdir import open_workdir, read_recipe
+from vit22b.workdir import open_workdir, read_recipe, write_json
 
 
 def load(source: Source, dtype: Any = jnp.float32) -> ViT:
     """The model on the mesh in force, each device's part read straight from the files. Parameters are of `dtype`."""
-    model = concrete(abstract(source.config), get_mesh())
+    model = concrete(abstract_model(source.config), get_mesh())
     names, structure = named_leaves(model), jax.tree.structure(model)
 
     def parameter(name: str, leaf: jax.Array) -> jax.Array:
@@ -135,7 +135,7 @@ def save_workdir(model: ViT, workdir: Path, name: str, data: Mapping[str, Any], 
 def load_workdir(workdir: Path) -> tuple[ViT, Recipe]:
     """The model of a run, or of converted weights, on the mesh in force."""
     recipe = read_recipe(workdir)
-    return restore_model(workdir / "checkpoints", concrete(abstract(recipe.model), get_mesh())), recipe
+    return restore_model(workdir / "checkpoints", concrete(abstract_model(recipe.model), get_mesh())), recipe
 
 
 def check_unplaced(rules: list[Rule], parameters: Mapping[str, jax.Array], layout: Layout) -> None:
@@ -143,10 +143,6 @@ def check_unplaced(rules: list[Rule], parameters: Mapping[str, jax.Array], layou
     for rule in rules:
         if not rule.theirs and bool(jnp.any(parameters[rule.ours] != 0)):
             raise RecipeError(f"{rule.ours}: is not zero, and {layout.name} has no place for it")
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def described_preprocessing(config: ModelConfig, data: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jax.sharding import reshard, use_abstract_mesh
 
 from distill.tensors import write_safetensors
 from vit22b.config import ModelConfig, RecipeError
-from vit22b.model import ViT
+from vit22b.model import ViT, abstract_model
 from vit22b.names import named_leaves
 from vit22b.sharding import BATCH, abstract_mesh, spec_of
 
@@ -59,7 +59,7 @@ def program(config: ModelConfig) -> jax.export.Exported:
     # open batch size of arguments that lie on a mesh.
     mesh = abstract_mesh((1, 1, 1))
     with use_abstract_mesh(mesh):
-        model = jax.eval_shape(lambda: ViT(config, jax.random.key(0)))
+        model = abstract_model(config)
     names, structure = named_leaves(model), jax.tree.structure(model)
 
     def forward(parameters: dict[str, jax.Array], images: jax.Array) -> dict[str, jax.Array]:

@@ -27,7 +27,7 @@ from vit22b.flops import forward_flops
 from vit22b.hardware import multiplies_fp8
 from vit22b.matmul import DTYPES
 from vit22b.mix import mix, normalize
-from vit22b.model import Output, ViT
+from vit22b.model import Output, ViT, abstract_model
 from vit22b.names import path_name
 from vit22b.objective import Batch
 from vit22b.optim import MATRICES
@@ -83,7 +83,7 @@ def load_one(name: str, recipe: DistillRecipe, index: int) -> Teacher:
         model = ViT(config, jax.random.key(index))
         return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), model, abstract)
 
-    abstract = placed(jax.eval_shape(lambda: ViT(config, jax.random.key(index))), recipe.distill)
+    abstract = placed(abstract_model(config), recipe.distill)
     if name.startswith(RANDOM):
         model = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
     else:

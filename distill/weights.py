@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import get_abstract_mesh, use_abstract_mesh
 
@@ -14,7 +13,7 @@ from distill.layouts import LAYOUTS
 from distill.layouts.tables import Layout, Published, Rule, check_tensors, check_zeros, their_shapes
 from distill.tensors import open_tensors
 from vit22b.config import ModelConfig, RecipeError
-from vit22b.model import ViT
+from vit22b.model import abstract_model
 from vit22b.names import named_leaves
 from vit22b.sharding import abstract_mesh, check_model_divisibility
 
@@ -130,11 +129,6 @@ def configuration(
     return config
 
 
-def abstract(config: ModelConfig) -> ViT:
-    """Shapes and shardings of a model on the mesh in force, which may be abstract."""
-    return jax.eval_shape(lambda: ViT(config, jax.random.key(0)))
-
-
 def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of our parameters by name. Raises `RecipeError` where a mesh in force does not divide the model."""
     mesh = get_abstract_mesh()
@@ -142,7 +136,7 @@ def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         with use_abstract_mesh(abstract_mesh((1, 1, 1))):
             return our_shapes(config)
     check_model_divisibility(config, mesh.shape["data"], mesh.shape["model"])
-    return {name: leaf.shape for name, leaf in named_leaves(abstract(config)).items()}
+    return {name: leaf.shape for name, leaf in named_leaves(abstract_model(config)).items()}
 
 
 def checked_rules(layout: Layout, config: ModelConfig, published: Published | None) -> list[Rule]:

@@ -33,7 +33,7 @@ from launch.command_line import flag_parser
 from vit22b import memory, sharding
 from vit22b.config import DataConfig, MeshConfig, ModelConfig, RecipeError, check
 from vit22b.hardware import GIB
-from vit22b.model import ViT
+from vit22b.model import ViT, abstract_model
 
 FIELDS = {"model": ModelConfig, "data": DataConfig}
 NEEDED = {int: "an integer", bool: "true or false", float: "a number"}
@@ -121,7 +121,7 @@ def read(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]) ->
 
 def check_memory(config: ModelConfig) -> None:
     """Raises `RecipeError` where the parameters alone exceed the devices' memory."""
-    needed, available = sharding.bytes_per_device(weights.abstract(config)), memory.device_memory(jax.devices()[0])
+    needed, available = sharding.bytes_per_device(abstract_model(config)), memory.device_memory(jax.devices()[0])
     check(
         needed <= available,
         "model.width",

@@ -32,6 +32,18 @@ def get_config() -> DistillRecipe:
     return student("distill_b16", model)
 
 
+def from_features(name: str, teacher: str, width: int) -> DistillRecipe:
+    """The same student at 256 px, of a teacher that has no classifier and features of so many dims."""
+    base = get_config()
+    return dataclasses.replace(
+        base,
+        name=name,
+        model=dataclasses.replace(base.model, image_size=256, num_registers=4),
+        distill=DistillConfig(teachers=(teacher,), match="features", widths=(width,), teaching="consistent"),
+        data=dataclasses.replace(base.data, mixup=0.0),
+    )
+
+
 def student(name: str, model: ModelConfig) -> DistillRecipe:
     """The recipe with another student."""
     return DistillRecipe(

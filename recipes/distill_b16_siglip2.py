@@ -9,20 +9,9 @@ Expected: not known. The validation accuracy in the log is that of a linear clas
 Not run.
 """
 
-import dataclasses
-
-from distill.config import DistillConfig, DistillRecipe
+from distill.config import DistillRecipe
 from recipes import distill_b16
 
 
 def get_config() -> DistillRecipe:
-    base = distill_b16.get_config()
-    return dataclasses.replace(
-        base,
-        name="distill_b16_siglip2",
-        model=dataclasses.replace(base.model, image_size=256, num_registers=4),
-        distill=DistillConfig(
-            teachers=("runs/siglip2_so400m",), match="features", widths=(1152,), teaching="consistent", sharding="fsdp"
-        ),
-        data=dataclasses.replace(base.data, mixup=0.0),
-    )
+    return distill_b16.from_features("distill_b16_siglip2", "runs/siglip2_so400m", 1152)

@@ -24,7 +24,6 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedShar
 from teachers import train_teachers
 
 from vit22b.config import DataConfig, ModelConfig, Recipe
-from vit22b.model import ViT
 from vit22b.sharding import AXES, BATCH, make_mesh
 from vit22b.step import init_state, loss_and_gradients
 
@@ -58,11 +57,6 @@ def named(tree) -> dict:
     """A model's parameters, or what has their structure, by the path of attributes: 'blocks/attention/query'."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path[:-1], simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def abstract_model(config: ModelConfig) -> ViT:
-    """Shapes and shardings on the mesh in force, which may be abstract."""
-    return jax.eval_shape(lambda: ViT(config, jax.random.key(0)))
 
 
 def loss_and_named_gradients(config: ModelConfig, shape: tuple[int, int, int], mesh: MeshFactory) -> tuple[float, dict]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import MeshFactory, abstract_model
+from conftest import MeshFactory
 from jax.sharding import get_mesh
 
 from distill import convert, weights
@@ -27,7 +27,7 @@ from launch import convert as program
 from vit22b import step
 from vit22b.checkpoint import Checkpoints
 from vit22b.config import DataConfig, ModelConfig, OptimConfig, Recipe, RecipeError
-from vit22b.model import ViT
+from vit22b.model import ViT, abstract_model
 from vit22b.names import named_leaves
 from vit22b.sharding import concrete
 from vit22b.workdir import open_workdir, read_recipe

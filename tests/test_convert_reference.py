@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import MeshFactory, abstract_model
+from conftest import MeshFactory
 from jax.sharding import get_mesh
 
 from vit22b.config import LADDER, ModelConfig, RecipeError, size
-from vit22b.model import ViT, resample
+from vit22b.model import ViT, abstract_model, resample
 from vit22b.names import named_leaves
 from vit22b.sharding import concrete
 

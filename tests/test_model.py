@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from conftest import MeshFactory, abstract_model, named
+from conftest import MeshFactory, named
 from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 
 from vit22b.config import LADDER, SIZES, ModelConfig, RecipeError, size
-from vit22b.model import REMAT, Output, ViT
+from vit22b.model import REMAT, Output, ViT, abstract_model
 from vit22b.sharding import BATCH, abstract_mesh, concrete
 
 TINY = ModelConfig(

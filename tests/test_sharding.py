@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import MeshFactory, abstract_model, named
+from conftest import MeshFactory, named
 from jax.sharding import NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 from vit22b.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Recipe, RecipeError
-from vit22b.model import Block, ViT
+from vit22b.model import Block, ViT, abstract_model
 from vit22b.sharding import (
     RESIDUAL,
     abstract_mesh,

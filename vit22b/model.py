@@ -242,6 +242,11 @@ class ViT(nnx.Module):
         return jnp.concatenate(both, axis=1)
 
 
+def abstract_model(config: ModelConfig) -> ViT:
+    """Shapes and shardings of a model on the mesh in force, which may be abstract; allocates nothing."""
+    return jax.eval_shape(lambda: ViT(config, jax.random.key(0)))
+
+
 def unstack(tree, count: int) -> list:
     """The `count` slices of each array along its first dimension, in trees like `tree`.
 

@@ -39,9 +39,14 @@ def open_workdir(workdir: Path, recipe: Recipe, fingerprints: dict[str, str]) ->
         content = {"starts": []}
     content["recipe"] = identity
     content["starts"].append(describe_start())
-    temporary = path.with_suffix(".tmp")
+    write_json(path, content)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Writes or replaces a file; a kill leaves the old one or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(path)  # a kill leaves the old file or the new one
+    temporary.rename(path)
 
 
 def read_recipe(workdir: Path) -> Recipe:
