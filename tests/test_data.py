@@ -12,6 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# First, and not where it is used: while TFDS is imported, Python's import is replaced by one that refuses relative
+# imports, which semaphores of earlier tests' workers need if they are collected just then.
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from vit22b import data
@@ -412,8 +416,6 @@ def test_cmyk_jpegs_become_rgb(tmp_path):
 
 def write_tfds(folder, files):
     """A data set `tiny` in TFDS's array_record format, by its own writer; 'train' has all files but two, 'test' two."""
-    import tensorflow_datasets as tfds
-
     with tfds.core.registered.skip_registration():
 
         class Tiny(tfds.core.GeneratorBasedBuilder):
