@@ -11,26 +11,23 @@ import json
 import math
 import runpy
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, get_mesh, reshard
-from jax.sharding import PartitionSpec as P
+from jax.sharding import get_mesh, reshard
 
 from distill import cache
-from distill.config import DistillConfig, DistillRecipe
+from distill.config import DistillRecipe
 from vit22b import data, sharding
 from vit22b.checkpoint import restore_model
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError, check
 from vit22b.flops import forward_flops
+from vit22b.frozen import frozen_config, placed
 from vit22b.hardware import multiplies_fp8
 from vit22b.matmul import DTYPES
 from vit22b.mix import mix, normalize
 from vit22b.model import Output, ViT, abstract_model
-from vit22b.names import path_name
 from vit22b.objective import Batch
-from vit22b.optim import MATRICES
 from vit22b.sharding import BATCH
 from vit22b.sources import Source
 from vit22b.step import compile_eval_step, step_key
@@ -66,24 +63,14 @@ def load(recipe: DistillRecipe) -> list[Teacher]:
 
 def load_one(name: str, recipe: DistillRecipe, index: int) -> Teacher:
     trained, normal = read_teacher(name)
-    # As it computes here. The image size stays that of its position embeddings, which other grids are resampled from.
-    config = dataclasses.replace(
-        trained,
-        matmul=recipe.distill.matmul,
-        attention="auto",
-        kernels="auto",
-        remat="none",
-        overlap=False,
-        stochastic_depth=0.0,
-        scan_unroll=trained.depth,
-    )
+    config = frozen_config(trained, recipe.distill.matmul)
     check_teacher(name, config, recipe, index)
 
     def create() -> ViT:
         model = ViT(config, jax.random.key(index))
         return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), model, abstract)
 
-    abstract = placed(abstract_model(config), recipe.distill)
+    abstract = placed(abstract_model(config), replicated=recipe.distill.sharding == "replicated")
     if name.startswith(RANDOM):
         model = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
     else:
@@ -137,20 +124,6 @@ def check_teacher(name: str, config: ModelConfig, recipe: DistillRecipe, index: 
         sharding.check_divisibility(own, tuple(get_mesh().shape.values()))
     except RecipeError as error:
         raise RecipeError(f"distill.teachers={name}: {error}") from error
-
-
-def placed(abstract: ViT, config: DistillConfig) -> ViT:
-    """The abstract teacher's matrices in the dtype of its matmuls, and placed by its own rule."""
-
-    def place_leaf(path: tuple, leaf: Any) -> jax.ShapeDtypeStruct:
-        matrix = path_name(path).split("/")[-1] in MATRICES
-        spec = sharding.spec_of(leaf)
-        if config.sharding == "replicated":
-            spec = P(*(None if axis == "data" else axis for axis in spec))
-        dtype = DTYPES[config.matmul] if matrix else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(get_mesh(), spec))
-
-    return jax.tree_util.tree_map_with_path(place_leaf, abstract)
 
 
 class Teaching:

@@ -12,7 +12,7 @@ from vit22b import data
 from vit22b.config import Recipe, RecipeError, check
 from vit22b.objective import Batch
 from vit22b.sources import Source
-from vit22b.train import NoPreparation, Preparation, place
+from vit22b.train import NoPreparation, Preparation, local_part, place
 
 ACCURACY_BATCHES = 4  # of the validation set, from which a teacher's accuracy is estimated
 # By which log-probabilities of a live teacher may differ from stored ones: fp16 rounds, and bf16 on other devices.
@@ -85,12 +85,6 @@ def verify(recipe: DistillRecipe, teaching: teacher.Teaching, reader: cache.Read
             f"distill.cache={recipe.distill.cache}: of the first step's views the teachers say something else, by up "
             f"to {worst:.2g} where {TOLERANCE:g} may be rounding; write the cache anew with launch/teach.py"
         )
-
-
-def local_part(x: jax.Array) -> np.ndarray:
-    """The rows of a global batch that this process has."""
-    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
-    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
 def record_all(recipe: DistillRecipe, teaching: teacher.Teaching, source: Source, steps: range):

@@ -71,6 +71,12 @@ def open_sources(recipe: Recipe) -> tuple[Source, Source]:
         found = f"data.{split}={source.name!r} has {source.num_classes} classes"
         ok = source.num_classes <= model.num_classes
         check(ok, "model.num_classes", model.num_classes, f"{found}; give at least as many")
+    check_alike(train, validation)
+    return train, validation
+
+
+def check_alike(train: Source, validation: Source) -> None:
+    """Raises `RecipeError` if two sets number their classes differently or are the very same."""
     # Labels follow from the sorted folder names: a missing class would silently renumber those after it.
     differ = sorted(set(train.class_names) ^ set(validation.class_names))
     ok = not (train.class_names and validation.class_names and differ)
@@ -78,7 +84,6 @@ def open_sources(recipe: Recipe) -> tuple[Source, Source]:
     validation.request.check(ok, f"class folders differ from data.train's in {few}; make empty ones if need be")
     same = train.fingerprint() == validation.fingerprint()
     validation.request.check(not same, "is the very set of data.train; name another file or folder, or a split")
-    return train, validation
 
 
 def train_batches(source: Source, recipe: Recipe, start_step: int, process_index: int, process_count: int) -> Stream:
@@ -92,15 +97,17 @@ def train_batches(source: Source, recipe: Recipe, start_step: int, process_index
     return _prefetch(make, start_step, sys.maxsize - start_step, recipe.data)
 
 
-def eval_batches(source: Source, recipe: Recipe, process_index: int, process_count: int) -> Stream:
+def eval_batches(
+    source: Source, recipe: Recipe, process_index: int, process_count: int, start_batch: int = 0
+) -> Stream:
     """This process's part of the batches that hold every image of `source` exactly once, unaugmented and in order.
 
     As in `train_batches`, with 'mask' float32 (b,): 1 for images, 0 for the black ones that fill up the last batch.
-    Every process gets the same number of batches. Raises `RecipeError`.
+    Every process gets the same number of batches, from number `start_batch` on. Raises `RecipeError`.
     """
     size = local_batch_size(recipe, process_count)
     make = functools.partial(_eval_batch, source, recipe, size, process_index)
-    return _prefetch(make, 0, math.ceil(len(source) / recipe.batch_size), recipe.data)
+    return _prefetch(make, start_batch, math.ceil(len(source) / recipe.batch_size) - start_batch, recipe.data)
 
 
 def local_batch_size(recipe: Recipe, process_count: int) -> int:

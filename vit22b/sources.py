@@ -104,9 +104,12 @@ class Source:
     def some(self, count: int) -> "Source":
         """`count` of the images, the same ones whatever the recipe's seed, in the order they lie in."""
         chosen = np.sort(np.random.default_rng(0).permutation(self.size)[:count])
-        return dataclasses.replace(
-            self, size=count, read=_Chosen(self.read, chosen), identity=self.identity + f" {count}".encode()
-        )
+        return self.only(chosen, f" {count}".encode())
+
+    def only(self, chosen: np.ndarray, mark: bytes) -> "Source":
+        """The images of these numbers, in this order; `mark` tells the choice from others in the fingerprint."""
+        read = _Chosen(self.read, chosen)
+        return dataclasses.replace(self, size=len(chosen), read=read, identity=self.identity + mark)
 
 
 @dataclasses.dataclass(frozen=True)

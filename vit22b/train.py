@@ -127,3 +127,9 @@ def place(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """This process's part of a batch, put on its devices; the result is the global batch."""
     placed = NamedSharding(get_mesh(), sharding.BATCH)
     return {name: jax.make_array_from_process_local_data(placed, x) for name, x in batch.items()}
+
+
+def local_part(x: jax.Array) -> np.ndarray:
+    """The rows of a global batch that this process has."""
+    shards = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
