@@ -1,0 +1,130 @@
+"""Probes a frozen encoder: how well its features classify, by linear heads, neighbours and few examples.
+
+    python launch/probe.py --model runs/mine --train tfds:imagenet2012 --val tfds:imagenet2012:validation
+    python launch/probe.py --model hf:facebook/dinov2-base --train folder:/data/birds --val folder:/data/birds:test
+
+--model: a work directory, or weights of other libraries as launch/convert.py reads them. Features are extracted once,
+by all devices here, and kept in the work directory; the same command again goes on where it was stopped. Settings are
+chosen on a part of the training set that is held out, then trained again on all of it, and reported on --val.
+
+--protocol: sweep (features stored; minutes), or vit22b, dinov2, dinov3 (SGD on new crops in each epoch). Each sets
+defaults that other flags override; --FLAG=VALUE sets any field of vit22b/probing/config.py, several values as
+--learning_rates=0.1,1. vit22b/probing/features.py says which --features there are.
+
+--also NAME=SOURCE[,labels=FILE|,classes=FILE], as often as wanted, reports the winner on further sets: with several
+right labels for each image, or with classes mapped to those of the training set (vit22b/probing/scoring.py says how).
+--decompose true says what the error comes from.
+
+The work directory gets results.json, report.html and a table on the terminal. Exit status: 0; 2, a mistake.
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # of a GPU, as in launch/tpu.py
+
+import jax
+
+from distill import convert, weights
+from launch.tpu import join_cluster, keep_compiled_programs
+from vit22b import sharding
+from vit22b.checkpoint import restore_model
+from vit22b.config import DataConfig, MeshConfig, ModelConfig, RecipeError, check
+from vit22b.frozen import frozen_config, placed
+from vit22b.hardware import GIB
+from vit22b.memory import device_memory
+from vit22b.model import ViT, abstract_model
+from vit22b.probing.config import ProbeConfig, protocol_fields, typed
+from vit22b.probing.encoder import encoder_of
+from vit22b.probing.run import probe
+from vit22b.workdir import read_recipe
+
+
+def parse(argv: list[str]) -> ProbeConfig:
+    """The flags, those not given as the protocol has them; raises `RecipeError`."""
+    fields = [field.name for field in dataclasses.fields(ProbeConfig)]
+    given: dict[str, Any] = {}
+    words = iter(argv)
+    for word in words:
+        name, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or name not in fields:
+            raise RecipeError(f"{word}: not a flag; flags are --{', --'.join(fields)}")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise RecipeError(f"--{name}: needs a value")
+            text = following
+        # What other flags take after a comma, a set's own description has there.
+        given[name] = (*given.get(name, ()), text) if name == "also" else typed(name, text)
+    preset = protocol_fields(given.get("protocol", "sweep"))
+    required = dict.fromkeys(("model", "train", "val"), "")
+    config = ProbeConfig(**required | preset | given)
+    config.validate()
+    return config
+
+
+def run(config: ProbeConfig) -> None:
+    """Raises `RecipeError` for what the user can mend."""
+    devices = jax.devices()
+    size, count = config.batch_size, len(devices)
+    for name in ("batch_size", "extract_batch_size"):
+        size = getattr(config, name)
+        check(size % count == 0, f"--{name}", size, f"must be a multiple of the {count} devices")
+    keep_compiled_programs(devices[0].platform)
+    shape = sharding.mesh_shape(MeshConfig(), count)
+    workdir = Path(
+        config.workdir or Path("runs") / f"probe-{Path(config.model.partition(':')[2] or config.model).name}"
+    )
+    with jax.set_mesh(sharding.make_mesh(shape, devices)):
+        model, data = load(config.model, config.dtype)
+        print(f"{config.model}: width {model.config.width}, depth {model.config.depth}; results go to {workdir}")
+        probe(encoder_of(config.model, model, data, config), config, workdir)
+
+
+def load(name: str, matmul: str) -> tuple[ViT, DataConfig]:
+    """A model to be used as it is, on the mesh in force, and how its images are made. Raises `RecipeError`."""
+    if name.split(":")[0] in weights.LIBRARIES:
+        source = weights.open_source(name)
+        source = dataclasses.replace(source, config=frozen_config(source.config, matmul))
+        missing = [each for each in ("mean", "std") if each not in source.preprocessing]
+        if missing:
+            raise RecipeError(
+                f"--model={name}: no file tells data.{missing[0]}; use launch/convert.py, which asks for it"
+            )
+        check_memory(name, source.config)
+        whole, abstract = convert.load(source), placed(abstract_model(source.config))
+        model = jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), whole, abstract)
+        return model, DataConfig(train="", validation="", **source.preprocessing)
+    recipe = read_recipe(Path(name))
+    config = frozen_config(recipe.model, matmul)
+    check_memory(name, config)
+    return restore_model(Path(name) / "checkpoints", placed(abstract_model(config))), recipe.data
+
+
+def check_memory(name: str, config: ModelConfig) -> None:
+    needed = sharding.bytes_per_device(placed(abstract_model(config)))
+    available = device_memory(jax.devices()[0])
+    found = f"parameters need {needed / GIB:.1f} GiB per device, there are {available / GIB:.1f}; use more devices"
+    check(needed <= available, "--model", name, found)
+
+
+def main() -> int:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        return 0
+    try:
+        config = parse(sys.argv[1:])
+        join_cluster()
+        run(config)
+        return 0
+    except (RecipeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

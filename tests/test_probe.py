@@ -1,0 +1,168 @@
+"""launch/probe.py as a user runs it: a work directory in, results out, and mistakes told in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from launch import probe
+from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
+from vit22b.probing.run import split
+from vit22b.sources import open_source
+
+ROOT = Path(__file__).parent.parent
+QUICK = [
+    *("--train", "digits", "--val", "digits", "--threads=1", "--dtype=fp32", "--extract_batch_size=128"),
+    *("--learning_rates=0.1,0.5", "--weight_decays=0", "--epochs=2", "--batch_size=64", "--l2=1,100"),
+    *("--neighbours=1,5", "--shots=1,5", "--shot_seeds=2"),
+]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, mesh):
+    """A work directory of a model that nobody trained."""
+    from vit22b.checkpoint import Checkpoints
+    from vit22b.step import init_state
+    from vit22b.workdir import open_workdir
+
+    recipe = Recipe(
+        name="encoder",
+        total_steps=1,
+        batch_size=8,
+        model=ModelConfig(
+            width=32, depth=2, mlp_dim=64, num_heads=2, num_classes=7, image_size=8, patch_size=2, matmul="fp32"
+        ),
+        data=DataConfig(train="digits", validation="digits", eval_crop_fraction=1.0),
+    )
+    folder = tmp_path_factory.mktemp("probe") / "encoder"
+    open_workdir(folder, recipe, {})
+    checkpoints = Checkpoints(folder / "checkpoints", recipe)
+    with mesh():
+        checkpoints.save(1, jax.jit(lambda: init_state(recipe))())
+        checkpoints.wait()
+    return folder
+
+
+def run(encoder, workdir, *flags):
+    """The results of a probe, in this process on its eight devices."""
+    config = probe.parse(["--model", str(encoder), "--workdir", str(workdir), *QUICK, *flags])
+    before = set(workdir.glob("*/results.json"))
+    probe.run(config)
+    (path,) = set(workdir.glob("*/results.json")) - before
+    return json.loads(path.read_text()), path.parent
+
+
+def test_a_probe_reports_what_its_head_does_on_the_reported_set(encoder, tmp_path):
+    only_even = tmp_path / "even.json"
+    only_even.write_text(json.dumps([c if c % 2 == 0 else None for c in range(10)]))
+    results, folder = run(encoder, tmp_path / "w", f"--also=even=digits,classes={only_even}", "--decompose=true")
+    assert set(results["methods"]) == {"sgd", "ridge", "knn"}
+    assert [len(found["trials"]) for found in results["methods"].values()] == [2, 2, 2]
+    assert results["selected_on"] == "holdout"
+    assert results["holdout"]["images"] == 1437 - len(split(open_labels(), 0.1, 0)[0])
+    winner = results["methods"][results["winner"]]
+    trials = [trial["metrics"]["top1"] for trial in winner["trials"]]
+    assert trials[winner["winner"]] == max(trials)
+    # The head that was kept, applied to the features that were kept.
+    assert results["winner"] in ("sgd", "ridge")
+    head = np.load(folder / "head.npz")
+    (features,) = (tmp_path / "w" / "features").glob("*/val")
+    x, labels = (np.load(features / f"{name}-000000-00000.npy")[:360] for name in ("pooled", "labels"))
+    logits = x @ head["kernel"] + head["bias"]
+    assert winner["reported"]["metrics"]["top1"] == pytest.approx((logits.argmax(axis=1) == labels).mean(), abs=0.003)
+    low, high = winner["reported"]["interval"]
+    assert low < winner["reported"]["metrics"]["top1"] < high
+    even = labels % 2 == 0
+    (also,) = results["further"]
+    among = logits[even][:, ::2].argmax(axis=1) * 2
+    assert also["reported"]["metrics"]["examples"] == even.sum()
+    assert also["reported"]["metrics"]["top1"] == pytest.approx((among == labels[even]).mean(), abs=0.006)
+    parts = results["decomposition"]
+    total = parts["usability"] + parts["probe_generalization"] + parts["encoder_generalization"]
+    assert total == pytest.approx(parts["total"])
+    assert "</html>" in (folder / "report.html").read_text()
+
+
+def open_labels():
+    source = open_source("digits", "train", image_size=8, num_classes=10)
+    return np.array([source[i][1] for i in range(len(source))])
+
+
+def test_of_augmented_features_nothing_is_kept(encoder, tmp_path):
+    stored, _ = run(encoder, tmp_path, "--methods=sgd")
+    kept = sorted(path for path in tmp_path.rglob("*.npy"))
+    augmented, _ = run(encoder, tmp_path, "--methods=sgd", "--augment=crop_flip")
+    assert sorted(path for path in tmp_path.rglob("*.npy")) == kept
+    losses = [found["methods"]["sgd"]["reported"]["metrics"]["loss"] for found in (stored, augmented)]
+    assert losses[0] != losses[1]
+
+
+def test_selection_on_the_reported_set_is_said(encoder, tmp_path, capsys):
+    results, folder = run(encoder, tmp_path, "--methods=ridge", "--select_on=val")
+    assert results["selected_on"] == "validation"
+    assert results["holdout"] is None
+    best = max(trial["metrics"]["top1"] for trial in results["methods"]["ridge"]["trials"])
+    assert results["methods"]["ridge"]["reported"]["metrics"]["top1"] == pytest.approx(best)
+    assert "optimistic" in capsys.readouterr().out
+    assert "optimistic" in (folder / "report.html").read_text()
+
+
+def test_the_held_out_rows_are_a_part_of_every_class():
+    labels = np.repeat(np.arange(4), [40, 10, 2, 1])
+    rest, held = split(labels, 0.1, seed=0)
+    np.testing.assert_array_equal(np.bincount(labels[held], minlength=4), [4, 1, 1, 0])
+    np.testing.assert_array_equal(np.sort(np.concatenate([rest, held])), np.arange(53))
+    assert not np.array_equal(held, split(labels, 0.1, seed=1)[1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "m", "--train", "digits"], "--val='': give it"),
+        (["--protocol", "dinov9"], "--protocol='dinov9': choose one of sweep"),
+        (["--epoch=3"], "--epoch=3: not a flag; flags are --model"),
+        (["--epochs"], "--epochs: needs a value"),
+        (["--epochs=x"], "--epochs=x: needs integers"),
+    ],
+)
+def test_flags_that_cannot_work_are_told(flags, says):
+    with pytest.raises(RecipeError) as error:
+        probe.parse(flags)
+    assert str(error.value).startswith(says)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--val=digits:train"], "--val='digits:train': is the very set of --train"),
+        (["--train=folder:/nowhere"], "--train='folder:/nowhere': /nowhere does not exist"),
+        (["--features=cls"], "--features=cls: the encoder has no class token"),
+        (["--image_size=9"], "model.image_size=9"),
+        (["--batch_size=60"], "--batch_size=60: must be a multiple of the 8 devices"),
+        (["--also=x"], "--also=x: needs NAME=SOURCE"),
+        (["--also=x=folder:/nowhere"], "--also=x='folder:/nowhere': /nowhere does not exist"),
+        (["--methods=knn", "--decompose=true"], "--methods=('knn',): a decomposition needs sgd or ridge"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_extracted(encoder, tmp_path, flags, says):
+    config = probe.parse(["--model", str(encoder), "--workdir", str(tmp_path / "w"), *QUICK, *flags])
+    with pytest.raises(RecipeError) as error:
+        probe.run(config)
+    assert str(error.value).startswith(says)
+    assert not (tmp_path / "w").exists()
+
+
+def test_the_script_exits_with_status_2_and_one_line(tmp_path):
+    command = [sys.executable, "launch/probe.py", "--model", str(tmp_path), "--train=digits", "--val=digits"]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert (
+        done.stderr.strip().splitlines()[-1] == f"error: {tmp_path}: holds no recipe.json, as the folder of a run does"
+    )
