@@ -116,11 +116,13 @@ class Writer:
         return self._layout.size
 
     def missing(self) -> list[range]:
-        """The steps of each chunk that has no file yet."""
+        """The steps of each chunk that lacks a process's file: for all the same, as teachers need all devices."""
         steps = self._recipe.distill.cached_steps
         chunks = [range(start, min(start + CHUNK_STEPS, steps)) for start in range(0, steps, CHUNK_STEPS)]
-        process = jax.process_index()
-        return [c for c in chunks if not chunk_path(self._folder, c.start // CHUNK_STEPS, process).exists()]
+        return [chunk for chunk in chunks if not self._is_complete(chunk.start // CHUNK_STEPS)]
+
+    def _is_complete(self, chunk: int) -> bool:
+        return all(chunk_path(self._folder, chunk, process).exists() for process in range(jax.process_count()))
 
     def write(self, steps: range, batches) -> None:
         """A chunk: `batches` gives, for each step, this process's part of the arrays of `Layout`."""
