@@ -3,6 +3,7 @@
 import html
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ INK = "#010203"  # in figures: whatever colour the page's text has
 ACCENT = (0.18, 0.45, 0.74)
 PART_COLOURS = ("#2e73bd", "#d98a2b", "#4b9a68", "#9467bd")
 NAMED = 50  # classes at most whose names are on the axes of the confusion matrix
-BLOCKS = 250  # a side of the confusion matrix's image at most
+BLOCKS = 200  # a side of the confusion matrix's image at most
 CONFUSIONS = 20
 
 LOOK: dict[Any, Any] = {
@@ -55,8 +56,10 @@ p { margin: .3rem 0; overflow-wrap: anywhere } .soft, figcaption { color: var(--
 .score { font-size: 2.6rem; font-weight: 600; line-height: 1.2; margin: 1.2rem 0 0 }
 .note { background: var(--mark); padding: .5rem .75rem; border-radius: .3rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .9rem .25rem 0; text-align: left; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th, td { padding: .25rem .9rem .25rem 0; text-align: left; white-space: nowrap; vertical-align: top;
+  border-bottom: 1px solid var(--line) }
 th { font-weight: 500; color: var(--soft) } .number { text-align: right }
+td:last-child { white-space: normal; min-width: 9rem; overflow-wrap: anywhere } td.number:last-child { min-width: 0 }
 figure { margin: .75rem 0 } figure svg { display: block; width: 100%; height: auto; max-width: 34rem }
 figure text { font-family: inherit !important }
 details { margin: .75rem 0 } summary { cursor: pointer; color: var(--soft); font-size: .875rem }
@@ -89,7 +92,7 @@ def _body(result: ProbeResult, confusion: np.ndarray, names: Sequence[str]) -> I
     for line in facts(result):
         yield f'<p class="{"note" if line == OPTIMISTIC else "soft"}">{html.escape(line)}</p>'
     yield f'<p class="score">{percent(winner.reported.metrics["top1"])} %</p>'
-    yield f"<p>top-1, 95 % interval {percent(low)} – {percent(high)}, by {html.escape(result.winner)} with</p>"
+    yield f"<p>top-1, 95 % interval {percent(low)} – {percent(high)}, by {html.escape(result.winner)}, with</p>"
     yield _html_table(Table("", ["setting", "value"], [[k, text(v)] for k, v in winner.best.settings.items()]))
     yield _section(methods)
     where = "held-out images" if result.selected_on == HOLDOUT else "the reported set"
@@ -148,7 +151,9 @@ def _figure(figure: "Figure | None", caption: str) -> str:
     if figure is None:
         return ""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # one that is missing here, while the browser has fonts of its own
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     drawn = file.getvalue()
     drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn[drawn.index("<svg") :], flags=re.DOTALL)
     drawn = re.sub(r'(<svg [^>]*?) width="[^"]*" height="[^"]*"', r"\1", drawn)
@@ -170,10 +175,11 @@ def _cells(axis: Any, shade: np.ndarray, percentages: np.ndarray) -> None:
     tint[..., :3], tint[..., 3] = ACCENT, shade
     axis.imshow(tint, aspect="auto", interpolation="none")
     axis.tick_params(length=0)
+    axis.spines[:].set(visible=True, alpha=0.4)
     if shade.shape[1] <= 15:
         for (row, column), value in np.ndenumerate(percentages):
-            colour = "white" if shade[row, column] > 0.6 else INK
-            label = "" if np.isnan(value) else f"{value:.3g}"
+            colour = "white" if shade[row, column] > 0.75 else INK
+            label = "" if np.isnan(value) else f"{value:.1f}"
             axis.text(column, row, label, color=colour, size=min(8, 110 / shade.shape[1]), ha="center", va="center")
 
 
@@ -206,8 +212,9 @@ def _grid(method: MethodResult) -> "Figure | None":
             _, row, column = places[method.winner]
             frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=INK, lw=1.5, clip_on=False)
             axis.add_patch(frame)
-    step = -(-columns // 15)
-    axes[-1].set_xticks(range(0, columns, step), map(text, values[across][::step]), rotation=40 * (columns > 6))
+    step = -(-columns // 15)  # labels at most
+    slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if columns > 6 else {}
+    axes[-1].set_xticks(range(0, columns, step), map(text, values[across][::step]), **slanted)
     axes[-1].set_xlabel(across)
     return figure
 
@@ -231,7 +238,8 @@ def _confusion(confusion: np.ndarray, names: Sequence[str], block: int) -> "Figu
     cells = np.add.reduceat(np.add.reduceat(confusion, starts, axis=0), starts, axis=1)
     share = cells / np.maximum(cells.sum(axis=1, keepdims=True), 1)
     figure, (axis,) = _axes(5.0)
-    _cells(axis, share**0.4, 100 * np.where(share > 0, share, np.nan))  # rare confusions are to be seen
+    shade = np.where(share > 0, 0.2 + 0.8 * np.sqrt(share), 0)  # single images are to be seen
+    _cells(axis, shade, 100 * np.where(share > 0, share, np.nan))
     axis.set(xticks=[], yticks=[], xlabel="taken for", ylabel="class")
     if len(names) <= NAMED:
         short = [name if len(name) <= 16 else name[:15] + "…" for name in names]

@@ -23,9 +23,9 @@ class ImageSet:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Settings that were tried, by the names of the flags."""
+    """Settings that were tried."""
 
-    settings: dict[str, object]
+    settings: dict[str, object]  # 'feature' and others
     metrics: dict[str, float]  # on the set that settings are chosen on: 'top1', 'top5', 'loss', 'ece', 'examples'
 
 
@@ -127,7 +127,7 @@ def facts(result: ProbeResult) -> list[str]:
     chosen = "on held-out training images" if result.selected_on == HOLDOUT else f"on {result.validation.source}"
     return [
         f"{result.model}, parameters {result.model_hash}, {describe(result.preprocessing)}",
-        f"protocol {result.protocol}, settings chosen {chosen}, reported on {result.validation.source}",
+        f"protocol {result.protocol}, settings and method (*) chosen {chosen}, reported on {result.validation.source}",
         *([OPTIMISTIC] if result.selected_on != HOLDOUT else []),
     ]
 

@@ -140,20 +140,21 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, answers: Answers) -> Scor
 def _judge(logits_BK: np.ndarray, is_right_BK: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Classes ahead of the foremost right one, probability of the winner, and loss: each (B,).
 
-    A row that is not all finite has every class ahead and NaN otherwise.
+    As on the device, NaN is ahead of everything, and a right class with NaN is behind.
     """
-    finite_B = np.isfinite(logits_BK).all(axis=1)
-    logits_BK = np.where(finite_B[:, None], logits_BK, np.nan).astype(np.float64)
-    right_BK = np.where(is_right_BK, logits_BK, -np.inf)
-    foremost_B = np.where(finite_B, right_BK.argmax(axis=1), 0)  # of equal ones the first
-    best_B1 = np.take_along_axis(logits_BK, foremost_B[:, None], axis=1)
-    earlier_BK = np.arange(logits_BK.shape[1]) < foremost_B[:, None]
-    rank_B = ((logits_BK > best_B1) | ((logits_BK == best_B1) & earlier_BK)).sum(axis=1)
-    rank_B = np.where(finite_B, rank_B, logits_BK.shape[1])
-    top_B = logits_BK.max(axis=1)
-    total_B = np.exp(logits_BK - top_B[:, None]).sum(axis=1)
-    right_total_B = np.exp(right_BK - best_B1).sum(axis=1)
-    return rank_B, 1 / total_B, top_B + np.log(total_B) - best_B1[:, 0] - np.log(right_total_B)
+    logits_BK = logits_BK.astype(np.float64)
+    # Infinities compare as these numbers do. -inf is left for classes that are not right.
+    order_BK = np.clip(logits_BK, -1e300, 1e300)
+    usable_BK = is_right_BK & ~np.isnan(logits_BK)
+    foremost_B1 = np.where(usable_BK, order_BK, -np.inf).argmax(axis=1)[:, None]  # of equal ones the first
+    best_B1 = np.where(usable_BK.any(axis=1)[:, None], np.take_along_axis(order_BK, foremost_B1, axis=1), np.nan)
+    not_before_BK = np.arange(logits_BK.shape[1]) >= foremost_B1
+    rank_B = (~(order_BK < best_B1) & ~((order_BK == best_B1) & not_before_BK)).sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):  # what is not finite gives NaN or an infinite loss
+        top_B1 = logits_BK.max(axis=1, keepdims=True)
+        total_B = np.exp(logits_BK - top_B1).sum(axis=1)
+        right_total_B = np.exp(np.where(is_right_BK, logits_BK, -np.inf) - best_B1).sum(axis=1)
+        return rank_B, 1 / total_B, (top_B1 - best_B1)[:, 0] + np.log(total_B) - np.log(right_total_B)
 
 
 def interval(correct: np.ndarray, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
