@@ -25,7 +25,7 @@ from array_record.python import array_record_module
 
 from distill.config import DistillRecipe
 from vit22b.config import RecipeError, check, is_resumable
-from vit22b.workdir import write_json
+from vit22b.workdir import check_same, write_json
 
 MANIFEST = "manifest.json"
 CHUNK_STEPS = 100  # in a file; what a kill loses at most
@@ -103,7 +103,7 @@ class Writer:
         content = {"identity": found, **processes}
         path = folder / MANIFEST
         if path.exists():
-            check_same(folder, read_manifest(folder)["identity"], found)
+            check_same_views(folder, read_manifest(folder)["identity"], found)
             same = read_manifest(folder)["processes"] == jax.process_count()
             check(same, "distill.cache", folder, "was begun by another number of processes; go on with as many")
         elif any(folder.iterdir()):
@@ -145,7 +145,7 @@ class Reader:
     def __init__(self, folder: Path, recipe: DistillRecipe, found: dict[str, object]) -> None:
         self._folder, self._recipe, self._layout = folder, recipe, Layout.of(recipe)
         manifest = read_manifest(folder)
-        check_same(folder, manifest["identity"], found)
+        check_same_views(folder, manifest["identity"], found)
         self._processes, self._chunk_steps = manifest["processes"], manifest["chunk_steps"]
         chunks = range(math.ceil(recipe.distill.cached_steps / self._chunk_steps))
         paths = (chunk_path(folder, chunk, process) for chunk in chunks for process in range(self._processes))
@@ -196,14 +196,10 @@ def read_manifest(folder: Path) -> dict:
         raise RecipeError(f"distill.cache={folder}: its {MANIFEST} is damaged; give a new folder") from error
 
 
-def check_same(folder: Path, old: dict[str, object], new: dict[str, object]) -> None:
+def check_same_views(folder: Path, old: dict[str, object], new: dict[str, object]) -> None:
     """Raises `RecipeError` unless a cache is of this stream of views and these teachers."""
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            raise RecipeError(
-                f"distill.cache={folder}: is of other views, with {name}={old.get(name)!r}, not {new.get(name)!r}; "
-                "give another folder, or the recipe it was made with"
-            )
+    remedy = "give another folder, or the recipe it was made with"
+    check_same(old, new, f"distill.cache={folder}: is of other views, with", remedy)
 
 
 def most_probable(logits_BC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

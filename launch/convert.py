@@ -30,9 +30,9 @@ import jax
 
 from distill import convert, stablehlo, weights
 from launch.command_line import flag_parser
-from vit22b import memory, sharding
-from vit22b.config import DataConfig, MeshConfig, ModelConfig, RecipeError, check
-from vit22b.hardware import GIB
+from vit22b import sharding
+from vit22b.config import DataConfig, MeshConfig, ModelConfig, RecipeError
+from vit22b.memory import check_parameter_memory
 from vit22b.model import ViT, abstract_model
 
 FIELDS = {"model": ModelConfig, "data": DataConfig}
@@ -113,21 +113,10 @@ def read(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]) ->
     for name in ("mean", "std"):
         if name not in data:
             raise RecipeError(f"data.{name}: no file tells it; give --config.data.{name}='(0.5,0.5,0.5)'")
-    check_memory(opened.config)
+    check_parameter_memory(abstract_model(opened.config), "model.width", opened.config.width, "fp32")
     model = convert.load(opened)
     print(f"{source}: read as {opened.layout.name}, {describe(model)}")
     return model, data
-
-
-def check_memory(config: ModelConfig) -> None:
-    """Raises `RecipeError` where the parameters alone exceed the devices' memory."""
-    needed, available = sharding.bytes_per_device(abstract_model(config)), memory.device_memory(jax.devices()[0])
-    check(
-        needed <= available,
-        "model.width",
-        config.width,
-        f"parameters need {needed / GIB:.1f} GiB per device in fp32, there are {available / GIB:.1f}; use more devices",
-    )
 
 
 def describe(model: ViT) -> str:

@@ -33,10 +33,9 @@ from distill import convert, weights
 from launch.tpu import join_cluster, keep_compiled_programs
 from vit22b import sharding
 from vit22b.checkpoint import restore_model
-from vit22b.config import DataConfig, MeshConfig, ModelConfig, RecipeError, check
+from vit22b.config import DataConfig, MeshConfig, RecipeError, check
 from vit22b.frozen import frozen_config, placed
-from vit22b.hardware import GIB
-from vit22b.memory import device_memory
+from vit22b.memory import check_parameter_memory
 from vit22b.model import ViT, abstract_model
 from vit22b.probing.config import ProbeConfig, protocol_fields, typed
 from vit22b.probing.encoder import encoder_of
@@ -70,7 +69,7 @@ def parse(argv: list[str]) -> ProbeConfig:
 def run(config: ProbeConfig) -> None:
     """Raises `RecipeError` for what the user can mend."""
     devices = jax.devices()
-    size, count = config.batch_size, len(devices)
+    count = len(devices)
     for name in ("batch_size", "extract_batch_size"):
         size = getattr(config, name)
         check(size % count == 0, f"--{name}", size, f"must be a multiple of the {count} devices")
@@ -82,7 +81,7 @@ def run(config: ProbeConfig) -> None:
     with jax.set_mesh(sharding.make_mesh(shape, devices)):
         model, data = load(config.model, config.dtype)
         print(f"{config.model}: width {model.config.width}, depth {model.config.depth}; results go to {workdir}")
-        probe(encoder_of(config.model, model, data, config), config, workdir)
+        probe(encoder_of(model, data, config), config, workdir)
 
 
 def load(name: str, matmul: str) -> tuple[ViT, DataConfig]:
@@ -95,21 +94,15 @@ def load(name: str, matmul: str) -> tuple[ViT, DataConfig]:
             raise RecipeError(
                 f"--model={name}: no file tells data.{missing[0]}; use launch/convert.py, which asks for it"
             )
-        check_memory(name, source.config)
-        whole, abstract = convert.load(source), placed(abstract_model(source.config))
-        model = jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), whole, abstract)
+        abstract = abstract_model(source.config)
+        check_parameter_memory(abstract, "--model", name, "fp32")
+        model = jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), convert.load(source), placed(abstract))
         return model, DataConfig(train="", validation="", **source.preprocessing)
     recipe = read_recipe(Path(name))
     config = frozen_config(recipe.model, matmul)
-    check_memory(name, config)
-    return restore_model(Path(name) / "checkpoints", placed(abstract_model(config))), recipe.data
-
-
-def check_memory(name: str, config: ModelConfig) -> None:
-    needed = sharding.bytes_per_device(placed(abstract_model(config)))
-    available = device_memory(jax.devices()[0])
-    found = f"parameters need {needed / GIB:.1f} GiB per device, there are {available / GIB:.1f}; use more devices"
-    check(needed <= available, "--model", name, found)
+    abstract = placed(abstract_model(config))
+    check_parameter_memory(abstract, "--model", name, matmul)
+    return restore_model(Path(name) / "checkpoints", abstract), recipe.data
 
 
 def main() -> int:

@@ -54,7 +54,7 @@ def make_model(config=MODEL, seed=0):
 
 
 def make_encoder(config=CONFIG, model=None):
-    return encoder_of("m", model or make_model(), DataConfig(train="", validation=""), config)
+    return encoder_of(model or make_model(), DataConfig(train="", validation=""), config)
 
 
 def digits(split="train"):
@@ -138,7 +138,7 @@ def extracted(mesh, tmp_path_factory):
 
 def extract(folder, encoder, notes=None):
     notes = [] if notes is None else notes
-    features = store.extract(folder, digits(), encoder.recipe, encoder.see, encoder.identity(), notes.append)
+    features = store.extract(folder, digits(), encoder.recipe, encoder.see, encoder.identity, notes.append)
     rows = np.arange(len(features))
     return {name: column[rows] for name, column in features.columns.items()} | {"labels": features.labels}
 
@@ -179,7 +179,7 @@ def test_a_killed_extraction_goes_on_and_equals_an_uninterrupted_one(mesh, extra
             return whole(images)
 
         with pytest.raises(Killed):
-            store.extract(folder, digits(), encoder.recipe, until_killed, encoder.identity(), lambda text: None)
+            store.extract(folder, digits(), encoder.recipe, until_killed, encoder.identity, lambda text: None)
         (folder / "pooled-000002-00000.npy").write_bytes(b"half")  # as if killed between the files of a chunk
         notes: list[str] = []
         found = extract(folder, encoder, notes)
@@ -202,7 +202,7 @@ def test_features_of_something_else_are_refused(mesh, tmp_path):
             extract(folder, wide)
         encoder = make_encoder()
         with pytest.raises(RecipeError, match=r"have (fingerprint|images)="):
-            store.extract(folder, digits("validation"), encoder.recipe, encoder.see, encoder.identity(), print)
+            store.extract(folder, digits("validation"), encoder.recipe, encoder.see, encoder.identity, print)
         (folder / "manifest.json").write_text("{")
         with pytest.raises(RecipeError, match="is damaged; remove"):
             extract(folder, make_encoder())

@@ -11,8 +11,9 @@ import jax
 from jax.sharding import Mesh
 
 from vit22b import sharding
-from vit22b.config import LADDER, Recipe, RecipeError, size
+from vit22b.config import LADDER, Recipe, RecipeError, check, size
 from vit22b.hardware import GIB
+from vit22b.model import ViT
 from vit22b.step import abstract_state
 
 
@@ -54,6 +55,13 @@ def check_state_memory(recipe: Recipe) -> None:
         + f"Sizes that fit here: {', '.join(fitting) or 'none'}; for example "
         f"--config recipes/vit22b.py:{name} --config.model.remat=full --config.batch_size={batch}"
     )
+
+
+def check_parameter_memory(abstract: ViT, field: str, value: object, dtype: str) -> None:
+    """Raises `RecipeError` where a model's parameters alone, of `dtype`, exceed the memory of a device here."""
+    needed, available = sharding.bytes_per_device(abstract) / GIB, device_memory(jax.local_devices()[0]) / GIB
+    remedy = f"parameters need {needed:.1f} GiB per device in {dtype}, there are {available:.1f}; use more devices"
+    check(needed <= available, field, value, remedy)
 
 
 def fitting_batch(recipe: Recipe, shape: tuple[int, int, int], available: int) -> int:

@@ -65,12 +65,18 @@ def read_recipe(workdir: Path) -> Recipe:
 
 def check_same_run(workdir: Path, old: dict[str, object], new: dict[str, object]) -> None:
     """Raises `RecipeError` unless the recipes agree in all that decides a run's result."""
-    for name in sorted(old.keys() & new.keys()):  # a field that only one version of the code has decides nothing
-        if old[name] != new[name] and not is_resumable(name):
-            raise RecipeError(
-                f"--workdir={workdir}: holds another run, with {name}={old[name]!r}, not {new[name]!r}; "
-                "give another --workdir, or the recipe it was started with"
-            )
+    # A field that only one version of the code has decides nothing.
+    decide = [name for name in old.keys() & new.keys() if not is_resumable(name)]
+    what = f"--workdir={workdir}: holds another run, with"
+    remedy = "give another --workdir, or the recipe it was started with"
+    check_same({name: old[name] for name in decide}, {name: new[name] for name in decide}, what, remedy)
+
+
+def check_same(old: dict[str, object], new: dict[str, object], what: str, remedy: str) -> None:
+    """Raises `RecipeError('WHAT NAME=OLD, not NEW; REMEDY')` for the first name whose values differ."""
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise RecipeError(f"{what} {name}={old.get(name)!r}, not {new.get(name)!r}; {remedy}")
 
 
 def describe_start() -> dict[str, object]:

@@ -65,7 +65,7 @@ class ProbeConfig:
             check_choice("--methods", method, METHODS)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name not in ("also",) and isinstance(value, tuple):
+            if field.name != "also" and isinstance(value, tuple):
                 check(bool(value), f"--{field.name}", "''", "needs at least one value")
                 check(len(set(value)) == len(value), f"--{field.name}", value, "has a value twice")
         for name in ("learning_rates", "epochs", "l2", "neighbours", "shots"):
@@ -84,7 +84,7 @@ class ProbeConfig:
         check(0 < self.holdout < 1, "--holdout", self.holdout, "must be between 0 and 1")
 
 
-BLOCKS_OF_DINOV2 = ("cls", "cls@last4", "cls+mean", "cls@last4+mean")
+FEATURES_OF_DINOV2 = ("cls", "cls@last4", "cls+mean", "cls@last4+mean")
 RATES_OF_DINOV2 = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 RATES_OF_DINOV3 = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -92,8 +92,8 @@ RATES_OF_DINOV3 = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.
 PROTOCOLS: dict[str, dict[str, Any]] = {
     # Ours: features extracted once, so that minutes suffice for a large grid.
     "sweep": {},
-    # [Dehghani 2023, section 4.1]: SGD with momentum, 10 epochs, mild crops and flips, no regularisation. Neither
-    # its learning rates nor how mild the crops are were published: both are our choice.
+    # [Dehghani 2023]: SGD with momentum, 10 epochs, mild crops and flips, no regularisation. Its learning rates and how
+    # mild the crops are we do not know: both are our choice.
     "vit22b": {
         "methods": ("sgd",),
         "augment": "crop_flip",
@@ -101,16 +101,16 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "epochs": (10,),
         "weight_decays": (0.0,),
     },
-    # [Oquab 2023, appendix B.3] and the authors' code: their 13 rates, for a batch of 256, times 1024 / 256.
+    # [Oquab 2023] and the authors' code: their 13 rates, for a batch of 256, times 1024 / 256.
     "dinov2": {
         "methods": ("sgd",),
         "augment": "crop_flip",
-        "features": BLOCKS_OF_DINOV2,
+        "features": FEATURES_OF_DINOV2,
         "epochs": (10,),
         "learning_rates": tuple(4 * rate for rate in RATES_OF_DINOV2),
         "weight_decays": (0.0,),
     },
-    # [Simeoni 2025, section 6.1.2]: class token after the final norm, 15 rates, two decays.
+    # [Simeoni 2025]: class token after the final norm, 15 rates, two decays.
     "dinov3": {
         "methods": ("sgd",),
         "augment": "crop_flip",

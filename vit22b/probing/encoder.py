@@ -19,14 +19,15 @@ from vit22b.probing.store import BF16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """`config` is as the model computes here, its image size that of its positions."""
-
-    name: str
     model: ViT
-    config: ModelConfig
     recipe: Recipe  # of which the input pipeline reads how images are made, and how many at a time
     terms: dict[str, tuple[Term, ...]]  # of each feature
     dtype: np.dtype  # of stored features
+
+    @property
+    def config(self) -> ModelConfig:
+        """As the model computes here; the image size is that of its positions."""
+        return self.model.config
 
     @property
     def widths(self) -> dict[str, int]:
@@ -44,8 +45,9 @@ class Encoder:
 
         return functools.partial(compute, self.model)
 
+    @functools.cached_property
     def identity(self) -> dict[str, object]:
-        """What its features depend on, beside the images."""
+        """What its features depend on, beside the images; found once, as it takes a look at every parameter."""
         data = self.recipe.data
         return {
             "model": digest(self.model),
@@ -63,7 +65,7 @@ class Encoder:
 COMPUTED = ("attention", "kernels", "remat", "overlap", "scan_unroll", "stochastic_depth", "init", "head_bias")
 
 
-def encoder_of(name: str, model: ViT, data: DataConfig, config: ProbeConfig) -> Encoder:
+def encoder_of(model: ViT, data: DataConfig, config: ProbeConfig) -> Encoder:
     """An encoder with the features, image size and batch size that `config` asks for; raises `RecipeError`."""
     terms = {feature: parse_feature(feature, model.config) for feature in config.features}
     size = config.image_size or model.config.image_size
@@ -92,7 +94,7 @@ def encoder_of(name: str, model: ViT, data: DataConfig, config: ProbeConfig) -> 
     )
     recipe.validate()
     dtype = BF16 if config.dtype == "bf16" else np.dtype(np.float32)
-    return Encoder(name=name, model=model, config=model.config, recipe=recipe, terms=terms, dtype=dtype)
+    return Encoder(model=model, recipe=recipe, terms=terms, dtype=dtype)
 
 
 def digest(model: ViT) -> str:

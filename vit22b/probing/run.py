@@ -77,7 +77,7 @@ def probe(encoder: Encoder, config: ProbeConfig, workdir: Path) -> ProbeResult:
 
     def extracted(name: str, source: Source) -> Features:
         with clock.phase("extraction"):
-            found = extract(kept / name, source, encoder.recipe, encoder.see, encoder.identity(), note)
+            found = extract(kept / name, source, encoder.recipe, encoder.see, encoder.identity, note)
         return dataclasses.replace(found, num_classes=num_classes)
 
     train, val = extracted("train", train_source), extracted("val", val_source)
@@ -103,12 +103,14 @@ def probe(encoder: Encoder, config: ProbeConfig, workdir: Path) -> ProbeResult:
             few_shot = few_shots(config, train, val)
     result = ProbeResult(
         model=config.model,
-        model_hash=str(encoder.identity()["model"]),
-        preprocessing={name: encoder.identity()[name] for name in ("image_size", "eval_crop_fraction", "mean", "std")},
+        model_hash=str(encoder.identity["model"]),
+        preprocessing={name: encoder.identity[name] for name in ("image_size", "eval_crop_fraction", "mean", "std")},
         protocol=config.protocol,
         settings=dataclasses.asdict(config),
         train=described(train_source),
-        holdout=described(train_source.only(judge_rows, b"holdout")) if config.select_on == "holdout" else None,
+        holdout=described(train_source.only(judge_rows, judge_rows.tobytes()))
+        if config.select_on == "holdout"
+        else None,
         validation=described(val_source),
         selected_on="holdout" if config.select_on == "holdout" else "validation",
         methods=found,

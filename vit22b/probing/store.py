@@ -7,7 +7,6 @@ set's last batch.
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import time
@@ -26,7 +25,7 @@ from vit22b.hardware import peak_flops
 from vit22b.probing.rows import Features
 from vit22b.sources import Source
 from vit22b.train import local_part, place
-from vit22b.workdir import write_json
+from vit22b.workdir import check_same, write_json
 
 MANIFEST = "manifest.json"
 CHUNK_ROWS = 16_384  # in the files of a chunk, about: what a kill loses at most
@@ -74,9 +73,8 @@ class StoredColumn:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         files, places = self._layout.find(rows)
         out = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        order = np.argsort(files, kind="stable")
-        for number, group in itertools.groupby(order, key=lambda i: files[i]):
-            members = np.fromiter(group, np.int64)
+        for number in np.unique(files):
+            members = np.flatnonzero(files == number)
             out[members] = self._files[number][places[members]]
         return out
 
@@ -105,7 +103,8 @@ def extract(
     path = folder / MANIFEST
     if path.exists():
         manifest = read_manifest(path)
-        check_same(folder, manifest["identity"], identity)
+        what = f"--workdir={folder.parent.parent}: its features of {folder.name} have"
+        check_same(manifest["identity"], identity, what, f"give another --workdir, or remove {folder}")
         begun = Layout(**manifest["layout"])
         if _first_missing(folder, begun) < begun.chunks and begun != layout:
             raise RecipeError(
@@ -142,7 +141,7 @@ def _extract_chunks(folder, source, recipe, see, layout: Layout, first: int, not
 
     def keep() -> None:
         seen, labels = pending.pop(0)
-        for name, array in {**{n: local_part(x) for n, x in seen.items()}, "labels": labels}.items():
+        for name, array in ({n: local_part(x) for n, x in seen.items()} | {"labels": labels}).items():
             rows.setdefault(name, []).append(array)
 
     for number, batch in enumerate(batches, start):
@@ -197,13 +196,3 @@ def read_manifest(path: Path) -> dict:
         return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path}: is damaged; remove {path.parent} to extract again") from error
-
-
-def check_same(folder: Path, old: dict[str, object], new: dict[str, object]) -> None:
-    """Raises `RecipeError` unless stored features are of this encoder, these images and this preprocessing."""
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            raise RecipeError(
-                f"--workdir={folder.parent.parent}: its features of {folder.name} have {name}={old.get(name)!r}, not "
-                f"{new.get(name)!r}; give another --workdir, or remove {folder}"
-            )
