@@ -21,6 +21,7 @@ from vit22b.sharding import BATCH, COLUMN, HIDDEN, RESIDUAL, ROW
 
 KERNEL_IN = P("data", "model")  # (D, K): read by column_parallel
 KERNEL_OUT = P(("model", "data"), None)  # (K, D): read by row_parallel
+PARTS = P(*BATCH, None, None, unreduced={"model"})  # (B, T, D): of each device, to be summed over 'model'
 KERNEL_OUT_2D = P("model", "data")  # the same, where that does not do; see `kernel_out`
 
 
@@ -36,8 +37,12 @@ def kernel_out(rows: int, config: ModelConfig) -> P:
 
 
 def read_as(config: ModelConfig) -> P:
-    """How `column_parallel` takes the stream: as it lies for rings and fp8, which gather the width themselves."""
-    return RESIDUAL if config.matmul == "fp8" or config.overlap else BATCH
+    """How `column_parallel` takes the stream: as it lies for rings and fp8, which gather the width themselves; else
+    whole, in a type whose gradients of several readers are added on each device before they are summed over 'model'.
+    """
+    if config.matmul == "fp8" or config.overlap:
+        return RESIDUAL
+    return BATCH if get_abstract_mesh().shape["model"] == 1 else P(*BATCH, reduced={"model"})
 
 
 def column_parallel(
@@ -79,8 +84,8 @@ def row_parallel(
     outputs = []
     for x, w, region in zip(inputs, weights, regions, strict=True):
         with jax.named_scope(region):
-            outputs.append(matmul("btk,kd->btd", x, reshard(w, ROW), RESIDUAL))
-    return functools.reduce(jnp.add, outputs)
+            outputs.append(matmul("btk,kd->btd", x, reshard(w, ROW), PARTS))
+    return reshard(functools.reduce(jnp.add, outputs), RESIDUAL)
 
 
 def sum_replicas_later(blocks):
