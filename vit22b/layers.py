@@ -7,6 +7,7 @@ matmuls read and write; norms and softmax compute in fp32.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -166,11 +167,14 @@ class Attention(Branch):
         if self.qk_norm == "width":
             q, k = self.query_norm(q), self.key_norm(k)
         q_BTNH, k_BTNH, v_BTNH = (self._split_heads(x) for x in (q, k, v))
-        if self.qk_norm == "head":
-            q_BTNH, k_BTNH = self.query_norm(q_BTNH), self.key_norm(k_BTNH)
-        if rope is not None:
-            q_BTNH, k_BTNH = rotate(q_BTNH, *rope), rotate(k_BTNH, *rope)
-        y_BTNH = dot_product_attention(q_BTNH, k_BTNH, v_BTNH, self.implementation)
+        if self.qk_norm == "head" and rope is None and norms_in_attention(q_BTNH, self.query_norm, self.implementation):
+            y_BTNH = normed_attention(q_BTNH, k_BTNH, v_BTNH, self.query_norm, self.key_norm)
+        else:
+            if self.qk_norm == "head":
+                q_BTNH, k_BTNH = self.query_norm(q_BTNH), self.key_norm(k_BTNH)
+            if rope is not None:
+                q_BTNH, k_BTNH = rotate(q_BTNH, *rope), rotate(k_BTNH, *rope)
+            y_BTNH = dot_product_attention(q_BTNH, k_BTNH, v_BTNH, self.implementation)
         return checkpoint_name(jax.lax.reshape(y_BTNH, q.shape, out_sharding=HIDDEN), "attention")
 
     def _split_heads(self, x_BTK: jax.Array) -> jax.Array:
@@ -185,17 +189,36 @@ def dot_product_attention(q_BTNH: jax.Array, k_BSNH: jax.Array, v_BSNH: jax.Arra
     Hopper, bf16, some H and up to 256 tokens); 'auto': the last of these that applies. Attention pooling's single query
     goes to XLA, whatever is asked for.
     """
-    if q_BTNH.shape[1] == 1:
-        implementation = "xla"
-    elif implementation == "auto":
-        implementation = fastest_attention(q_BTNH)
-    attend = (
+    chosen = chosen_attention(q_BTNH, implementation)
+    attend: Callable = (
         attention.attention
-        if implementation == "pallas"
-        else functools.partial(jax.nn.dot_product_attention, implementation=implementation)
+        if chosen == "pallas"
+        else functools.partial(jax.nn.dot_product_attention, implementation=chosen)
     )
     # cuDNN's custom partitioning does not know Explicit axes; within shard_map there is nothing to partition.
     return jax.shard_map(attend, in_specs=(HEADS,) * 3, out_specs=HEADS, check_vma=False)(q_BTNH, k_BSNH, v_BSNH)
+
+
+def normed_attention(
+    q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, query_norm: Norm, key_norm: Norm
+) -> jax.Array:
+    """The same of normalised queries and keys in one kernel, where `norms_in_attention`."""
+    attend = functools.partial(attention.normed_attention, epsilon=query_norm.config.norm_epsilon)
+    run = jax.shard_map(attend, in_specs=(HEADS, HEADS, HEADS, P(), P()), out_specs=HEADS, check_vma=False)
+    return run(q_BTNH, k_BTNH, v_BTNH, query_norm.scale[...], key_norm.scale[...])
+
+
+def norms_in_attention(q_BTNH: jax.Array, norm: Norm, implementation: str) -> bool:
+    """Whether the kernel that computes attention can apply this norm to queries and keys, too."""
+    plain = norm.config.norm == "rms" and norm.bias is None
+    return plain and wants_kernels(norm.config) and chosen_attention(q_BTNH, implementation) == "pallas"
+
+
+def chosen_attention(q_BTNH: jax.Array, implementation: str) -> str:
+    """What `dot_product_attention` uses."""
+    if q_BTNH.shape[1] == 1:
+        return "xla"
+    return fastest_attention(q_BTNH) if implementation == "auto" else implementation
 
 
 def fastest_attention(q_BTNH: jax.Array) -> str:

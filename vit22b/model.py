@@ -99,7 +99,9 @@ class MAPHead(nnx.Module):
         attention, region = self.attention, self.attention.region
         query, *key_value = attention.inputs
         projected = column_parallel([query_B1D], [query], [region], self.config, None, False)
-        projected += column_parallel([reshard(x_BTD, read_as(self.config))], key_value, [region] * 2, self.config, None, False)
+        projected += column_parallel(
+            [reshard(x_BTD, read_as(self.config))], key_value, [region] * 2, self.config, None, False
+        )
         with jax.named_scope(region):
             hidden = attention.hidden(projected, rope=None)
         y_B1D = row_parallel([hidden], [attention.out[...]], [region], self.config, False)

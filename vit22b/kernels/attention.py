@@ -5,6 +5,7 @@ most three parts, and the backward pass adds up each gradient in registers, with
 64 columns; see `attention_wide.py` for up to 96.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -14,8 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from vit22b.kernels import attention_wide, hopper, panels
+from vit22b.kernels import attention_norm, attention_wide, hopper, norms, panels
 from vit22b.kernels.attention_backward import backward
+from vit22b.kernels.attention_norm import KEY, QUERY, Norm
 from vit22b.kernels.hopper import BLOCK, LOG2_E
 
 # The numbers of tokens, by head dim, with which the kernels were run on a GPU. They are written for more, and
@@ -38,6 +40,17 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _attention_forward(q, k, v)[0]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def normed_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, query_scale: jax.Array, key_scale: jax.Array, epsilon: float
+) -> jax.Array:
+    """`attention` of queries and keys that are normalised first, as by `norms.norm` with scales, fp32 (H,).
+
+    Normalised queries and keys are kept, too.
+    """
+    return _normed_attention_forward(q, k, v, query_scale, key_scale, epsilon)[0]
+
+
 def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     out, lse = (attention_wide.forward if _wide(q) else forward)(q, k, v)
     return out, (q, k, v, out, lse)
@@ -48,7 +61,25 @@ def _attention_backward(kept: tuple[jax.Array, ...], grad: jax.Array) -> tuple[j
     return tuple((attention_wide.backward if _wide(q) else backward)(q, k, v, out, lse, grad))
 
 
+def _normed_attention_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, query_scale: jax.Array, key_scale: jax.Array, epsilon: float
+) -> tuple[jax.Array, tuple]:
+    scales = jnp.stack([query_scale, key_scale])
+    out, lse, *normed = (attention_wide.forward if _wide(q) else forward)(q, k, v, scales, epsilon)
+    return out, ((q, k), (query_scale, key_scale), (*normed, v, out, lse))
+
+
+def _normed_attention_backward(epsilon: float, kept: tuple, grad: jax.Array) -> tuple[jax.Array, ...]:
+    before, scales, after = kept
+    *grads, grad_v = _attention_backward(after, grad)
+    norm = functools.partial(norms.norm, bias=None, centred=False, epsilon=epsilon)
+    pairs = [jax.vjp(norm, x, scale)[1](g) for x, scale, g in zip(before, scales, grads, strict=True)]
+    (grad_q, grad_query_scale), (grad_k, grad_key_scale) = pairs
+    return grad_q, grad_k, grad_v, grad_query_scale, grad_key_scale
+
+
 attention.defvjp(_attention_forward, _attention_backward)
+normed_attention.defvjp(_normed_attention_forward, _normed_attention_backward)
 
 
 def fits(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> bool:
@@ -83,11 +114,17 @@ def _forward_kernel(
     v_barrier,
     free_barrier,
     *,
+    norm: Norm | None,
     interpret: bool,
 ):
-    """A warpgroup takes 64 queries of each head. The next head is meanwhile copied to the other slot."""
+    """A warpgroup takes 64 queries of each head. The next head is meanwhile copied to the other slot.
+
+    With a norm, it normalises its queries and as many keys there once it has done with a head, and `ready_barrier` says
+    that all warpgroups have; whatever else orders accesses to keys is as without.
+    """
     batch, length, num_heads, head_dim = q_ref.shape
     keys, all_rows = hopper.round_up(length, 8), hopper.round_up(length, BLOCK)
+    key_rows = k_shared.shape[1]
     outer_group, groups = lax.axis_index("group"), lax.axis_size("group")
     scale = LOG2_E / math.sqrt(head_dim)
     first, step, heads = lax.axis_index("block"), jnp.int32(lax.axis_size("block")), batch * num_heads
@@ -98,11 +135,24 @@ def _forward_kernel(
 
     def load_rest(head, slot):
         place = hopper.place_of(head, num_heads)
-        hopper.load(k_ref, k_shared, place, 0, keys, slot, k_barrier.at[slot], interpret)
+        hopper.load(k_ref, k_shared, place, 0, key_rows, slot, k_barrier.at[slot], interpret)
         hopper.load(v_ref, v_shared, place, 0, all_rows, slot, v_barrier.at[slot], interpret)
+
+    def normalise(norm, head, slot, group):
+        query, place = BLOCK * group, hopper.place_of(head, num_heads)
+        both = (q_shared, q_barrier.at[slot * groups + group]), (k_shared, k_barrier.at[slot])
+        for which, (memory, barrier) in zip((QUERY, KEY), both, strict=True):
+            rows = memory.at[slot, pl.ds(query, BLOCK)]
+            plgpu.barrier_wait(barrier)
+            rows[...] = norm.apply(hopper.read(rows, plgpu.Layout.WGMMA), which)
+            plgpu.commit_smem()
+            hopper.store(norm.results[which], memory, place, query, BLOCK, slot, interpret)
+        plgpu.barrier_arrive(norm.ready_barrier.at[slot])
 
     load_queries(first, 0, outer_group, BLOCK * outer_group)
     pl.when(jnp.int32(outer_group) == 0)(lambda: load_rest(first, 0))
+    if norm:
+        normalise(norm, first, 0, outer_group)
 
     turns = lax.div(heads - 1 - first, step) + 1
 
@@ -112,8 +162,11 @@ def _forward_kernel(
         group = jnp.int32(outer_group) + hopper.opaque(turn)
         query = BLOCK * group
         queries = q_shared.at[slot, pl.ds(query, BLOCK)]
-        plgpu.barrier_wait(q_barrier.at[slot * groups + group])
-        plgpu.barrier_wait(k_barrier.at[slot])
+        if norm:
+            plgpu.barrier_wait(norm.ready_barrier.at[slot])
+        else:
+            plgpu.barrier_wait(q_barrier.at[slot * groups + group])
+            plgpu.barrier_wait(k_barrier.at[slot])
 
         top: Any = None
         total: Any = None
@@ -123,10 +176,11 @@ def _forward_kernel(
             (scores,) = hopper.matmuls([(None, queries, some_keys)], interpret)
             scores = hopper.masked(scores, length - start)
             if not start:
+                # Before results take the places of queries, and others those of keys.
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 @pl.when(head + step < heads)
                 def _():
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     load_queries(head + step, 1 - slot, group, query)
 
                     @pl.when(jnp.int32(outer_group) == 0)
@@ -158,6 +212,8 @@ def _forward_kernel(
             lse_shared.at[slot, pl.ds(query, BLOCK)], lse_ref.at[head, pl.ds(query, BLOCK)], commit_group=False
         )
         hopper.store(out_ref, q_shared, hopper.place_of(head, num_heads), query, BLOCK, slot, interpret)
+        if norm:
+            pl.when(head + step < heads)(lambda: normalise(norm, head + step, 1 - slot, group))
 
     plgpu.wait_smem_to_gmem(0)
 
@@ -168,16 +224,24 @@ def _forward_kernel(
         pl.when(turns > 1)(lambda: plgpu.barrier_wait(free_barrier.at[lax.rem(turns, jnp.int32(2))]))
 
 
-@jax.jit  # traced once for all layers: kernels are compiled, for seconds, once for all that are the same to the letter
-def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Attention and, for `backward`, the base-2 logarithm of the sum of exponentials of scores, (B N, T rounded up)."""
+# Traced once for all layers: kernels are compiled, for seconds, once for all that are the same to the letter.
+@functools.partial(jax.jit, static_argnames="epsilon")
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, scales: jax.Array | None = None, epsilon: float = 0.0
+) -> list[jax.Array]:
+    """Attention and, for `backward`, the base-2 logarithm of the sum of exponentials of scores, (B N, T rounded up).
+
+    With `scales`, (2, H), of queries and keys that are normalised first; these are further results.
+    """
     batch, length, num_heads, _ = q.shape
-    keys, all_rows, heads = hopper.round_up(length, 8), hopper.round_up(length, BLOCK), batch * num_heads
+    all_rows, heads = hopper.round_up(length, BLOCK), batch * num_heads
     groups = all_rows // BLOCK
-    return hopper.call(
+    keys = hopper.round_up(length, 8) if scales is None else all_rows  # normalised in whole blocks
+    return attention_norm.call(
         _forward_kernel,
         "attention_forward",
-        [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((heads, all_rows), jnp.float32)],
+        (q, k, v),
+        jax.ShapeDtypeStruct((heads, all_rows), jnp.float32),
         [
             hopper.shared(2, all_rows),
             hopper.shared(2, keys),
@@ -188,6 +252,9 @@ def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Ar
             hopper.barriers(2, 1),
             hopper.barriers(2, groups),
         ],
-        heads,
+        hopper.barriers(2, groups),
         groups,
-    )(q, k, v)
+        hopper.WIDTH,
+        scales,
+        epsilon,
+    )
