@@ -156,16 +156,31 @@ def attention_cases(config: ModelConfig, batch: int) -> list[Case]:
     other, exact = (functools.partial(jax.nn.dot_product_attention, implementation=i) for i in (fused, "xla"))
 
     def both(fn: Function) -> Function:
-        def run(q, k, v, grad):
-            y, vjp = jax.vjp(fn, q, k, v)
-            return y, vjp(grad)
+        def run(*arguments):
+            y, vjp = jax.vjp(fn, *arguments[:-1])
+            return y, vjp(arguments[-1])
 
         return run
 
-    kernel = attention.attention
+    def with_norm(attend: Function, norm: Function) -> Function:
+        return lambda q, k, v, query_scale, key_scale: attend(norm(q, query_scale), norm(k, key_scale), v)
+
+    def norm(x, scale):
+        return norms.norm(x, scale, None, False, config.norm_epsilon)
+
+    def plain_norm(x, scale):
+        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + config.norm_epsilon) * scale
+
+    kernel, normed = attention.attention, functools.partial(attention.normed_attention, epsilon=config.norm_epsilon)
+    # Against the norm kernel and the same attention.
+    apart, normed_exact = with_norm(kernel, norm), with_norm(exact, plain_norm)
+    scales = [1 + jax.random.normal(jax.random.key(seed), (config.head_dim,)) / 4 for seed in (8, 9)]
+    more = [*inputs[:3], *scales, inputs[3]]
     return [
         Case("attention", kernel, other, inputs[:3], exact=in_fp32(exact)),
         Case("attention, both ways", both(kernel), both(other), inputs, exact=in_fp32(both(exact))),
+        Case("normed attention", normed, apart, more[:5], exact=in_fp32(normed_exact)),
+        Case("normed attention, both ways", both(normed), both(apart), more, exact=in_fp32(both(normed_exact))),
     ]
 
 

@@ -70,9 +70,13 @@ def _pieces(width: int) -> list[tuple[int, int]]:
 
 
 def _rows(width: int) -> int:
-    """Rows of a tile: the power of two that comes nearest to VALUES from below, or by a quarter at most from above."""
-    rows = 5 * VALUES // (4 * width)
-    return max(1, pl.next_power_of_2(rows + 1) // 2)
+    """Rows of a tile: the power of two that comes nearest to VALUES from below."""
+    return max(1, pl.next_power_of_2(VALUES // width + 1) // 2)
+
+
+def _warps(width: int) -> int:
+    """Of a program of the backward pass: half of them where the tile is well below VALUES, as many others then run."""
+    return WARPS // 2 if _rows(width) * width < 3 * VALUES // 4 else WARPS
 
 
 def _tiles(width: int) -> int:
@@ -183,7 +187,7 @@ def _gradients(saved, centred, epsilon, grads, residual):
         (programs,),
         [jax.ShapeDtypeStruct(flat.shape, x.dtype), sums, *([] if bias is None else [sums])],
         "norm_backward",
-        WARPS,
+        _warps(flat.shape[1]),
     )(flat, scale, *(g.reshape(flat.shape) for g in (*grads, *residual)))
     totals = [jnp.sum(v, axis=0) for v in vectors]
     return grad_x.reshape(x.shape), totals[0], None if bias is None else totals[1]
