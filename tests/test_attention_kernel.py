@@ -90,7 +90,7 @@ def arguments_with_norm(length: int, head_dim: int) -> tuple[list[jax.Array], ja
 @needs_kernel
 @pytest.mark.parametrize(
     ("length", "head_dim", "programs"),
-    [(196, 64, 1), (256, 64, 2), (100, 40, 4), (8, 64, 1), (256, 72, 1), (225, 88, 2)],
+    [(196, 64, 1), (256, 64, 2), (100, 40, 4), (8, 64, 1)],
 )
 def test_norm_matches_float64(length: int, head_dim: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a scale is 0."""
@@ -110,7 +110,7 @@ def test_norm_matches_float64(length: int, head_dim: int, programs: int, monkeyp
 
 
 @needs_kernel
-@pytest.mark.parametrize(("length", "head_dim"), [(66, 64), (200, 72)])
+@pytest.mark.parametrize(("length", "head_dim"), [(66, 64), (200, 40)])
 def test_norm_equals_the_norm_kernels(length: int, head_dim: int) -> None:
     """To the last bit."""
     arguments, grad = arguments_with_norm(length, head_dim)
@@ -128,8 +128,7 @@ def test_norm_equals_the_norm_kernels(length: int, head_dim: int) -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize(("length", "head_dim"), [(200, 64), (256, 72)])
+@pytest.mark.parametrize(("length", "head_dim", "norm"), [(200, 64, False), (200, 64, True), (256, 72, False)])
 def test_barriers_order_accesses_of_shared_memory(
     length: int, head_dim: int, norm: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -173,8 +172,9 @@ def test_does_not_fit(shape):
 
 
 @needs_kernel
-@pytest.mark.parametrize(("length", "head_dim"), [(72, 64), (200, 72), (256, 88)])
-@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(
+    ("length", "head_dim", "norm"), [(72, 64, False), (72, 64, True), (200, 72, False), (256, 88, False)]
+)
 def test_layers_share_the_kernels_that_are_compiled(
     length: int, head_dim: int, norm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +273,7 @@ def test_scales_of_norms_within_attention_get_gradients_of_all_devices(
         ({"qk_norm": "width"}, False),
         ({"qk_norm": "none"}, False),
         ({"position": "rope"}, False),
+        ({"width": 144}, False),
     ],
 )
 def test_norms_are_within_attention_where_that_applies(

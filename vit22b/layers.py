@@ -210,8 +210,8 @@ def normed_attention(
 
 def norms_in_attention(q_BTNH: jax.Array, norm: Norm, implementation: str) -> bool:
     """Whether the kernel that computes attention can apply this norm to queries and keys, too."""
-    plain = norm.config.norm == "rms" and norm.bias is None
-    return plain and wants_kernels(norm.config) and chosen_attention(q_BTNH, implementation) == "pallas"
+    fits_norms = norm.config.norm == "rms" and norm.bias is None and attention.fits_norms(q_BTNH.shape)
+    return fits_norms and wants_kernels(norm.config) and chosen_attention(q_BTNH, implementation) == "pallas"
 
 
 def chosen_attention(q_BTNH: jax.Array, implementation: str) -> str:

@@ -7,6 +7,7 @@ most three parts, and the backward pass adds up each gradient in registers, with
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from vit22b.kernels import attention_norm, attention_wide, hopper, norms, panels
+from vit22b.kernels import attention_wide, hopper, norms, panels
 from vit22b.kernels.attention_backward import backward
-from vit22b.kernels.attention_norm import KEY, QUERY, Norm
+from vit22b.kernels.attention_norm import KEY, QUERY, Norm, with_norm
 from vit22b.kernels.hopper import BLOCK, LOG2_E
 
 # The numbers of tokens, by head dim, with which the kernels were run on a GPU. They are written for more, and
@@ -46,7 +47,7 @@ def normed_attention(
 ) -> jax.Array:
     """`attention` of queries and keys that are normalised first, as by `norms.norm` with scales, fp32 (H,).
 
-    Normalised queries and keys are kept, too.
+    For heads of up to hopper.WIDTH columns. Normalised queries and keys are kept, too.
     """
     return _normed_attention_forward(q, k, v, query_scale, key_scale, epsilon)[0]
 
@@ -65,7 +66,7 @@ def _normed_attention_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, query_scale: jax.Array, key_scale: jax.Array, epsilon: float
 ) -> tuple[jax.Array, tuple]:
     scales = jnp.stack([query_scale, key_scale])
-    out, lse, *normed = (attention_wide.forward if _wide(q) else forward)(q, k, v, scales, epsilon)
+    out, lse, *normed = forward(q, k, v, scales, epsilon)
     return out, ((q, k), (query_scale, key_scale), (*normed, v, out, lse))
 
 
@@ -87,6 +88,11 @@ def fits(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> bool:
     _, length, _, head_dim = shape
     available = hopper.AVAILABLE if head_dim <= hopper.WIDTH else panels.AVAILABLE
     return available and dtype == jnp.bfloat16 and length in LENGTHS.get(head_dim, ())
+
+
+def fits_norms(shape: tuple[int, ...]) -> bool:
+    """Whether `normed_attention` takes what `attention` takes. For wide heads it took longer than kernels apart."""
+    return shape[-1] <= hopper.WIDTH
 
 
 def _chunks(keys: int) -> list[tuple[int, int]]:
@@ -233,15 +239,22 @@ def forward(
 
     With `scales`, (2, H), of queries and keys that are normalised first; these are further results.
     """
-    batch, length, num_heads, _ = q.shape
-    all_rows, heads = hopper.round_up(length, BLOCK), batch * num_heads
+    batch, length, num_heads, head_dim = q.shape
+    keys, all_rows, heads = hopper.round_up(length, 8), hopper.round_up(length, BLOCK), batch * num_heads
     groups = all_rows // BLOCK
-    keys = hopper.round_up(length, 8) if scales is None else all_rows  # normalised in whole blocks
-    return attention_norm.call(
-        _forward_kernel,
+    kernel: Callable = functools.partial(_forward_kernel, norm=None)
+    arrays, more_scratch = [q, k, v], []
+    results = [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((heads, all_rows), jnp.float32)]
+    if scales is not None:
+        keys = all_rows  # normalised in whole blocks
+        kernel = with_norm(_forward_kernel, head_dim, epsilon)
+        arrays.append(jnp.pad(scales, ((0, 0), (0, hopper.WIDTH - head_dim))))
+        results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k)]
+        more_scratch.append(hopper.barriers(2, groups))
+    return hopper.call(
+        kernel,
         "attention_forward",
-        (q, k, v),
-        jax.ShapeDtypeStruct((heads, all_rows), jnp.float32),
+        results,
         [
             hopper.shared(2, all_rows),
             hopper.shared(2, keys),
@@ -251,10 +264,8 @@ def forward(
             hopper.barriers(2, 1),
             hopper.barriers(2, 1),
             hopper.barriers(2, groups),
+            *more_scratch,
         ],
-        hopper.barriers(2, groups),
+        heads,
         groups,
-        hopper.WIDTH,
-        scales,
-        epsilon,
-    )
+    )(*arrays)

@@ -1,12 +1,11 @@
-"""The norm of queries and keys within the attention kernels' forward pass: x / sqrt(mean(x^2) + epsilon) * scale.
+"""The norm of queries and keys within attention's forward pass: x / sqrt(mean(x^2) + epsilon) * scale over a head.
 
 A warpgroup takes 64 rows of a head at a time where they were copied to in shared memory, in registers, where they are
 spread as the results of matmuls are, and puts the normalised ones there, rounded to bf16 as `norms.norm` rounds them.
 From there they are also copied to device memory: the backward pass takes them as if the norm had been a kernel before.
-(One that also normalised, and found the gradients of the norm, took longer than its parts; see BENCHMARKS.md.)
+(One that normalised by itself and found the gradients of the norm took longer than its parts; see BENCHMARKS.md.)
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,33 +39,14 @@ class Norm(NamedTuple):
         return (x * hopper.along_columns(inverse, x.shape) * hopper.along_rows(scale, x.shape)).astype(jnp.bfloat16)
 
 
-def call(
-    kernel: Callable,
-    name: str,
-    arrays: tuple[jax.Array, jax.Array, jax.Array],
-    lse_type: jax.ShapeDtypeStruct,
-    scratch: list,
-    ready_barrier: Any,
-    groups: int,
-    columns: int,
-    scales: jax.Array | None,
-    epsilon: float,
-) -> list[jax.Array]:
-    """Runs a kernel of queries, keys and values, that works on so many columns; returns what `attention.forward` does.
-
-    With `scales`, (2, H), its `norm` is a Norm, otherwise None, and `ready_barrier` is not allocated.
+def with_norm(kernel: Callable, head_dim: int, epsilon: float) -> Callable:
+    """A kernel that takes a `norm`, as one of more arrays: scales, the last to be read; normalised queries and keys,
+    the last to be written; and `ready_barrier`, the last of its scratch.
     """
-    q, k, v = arrays
-    batch, _, num_heads, head_dim = q.shape
-    heads, types = batch * num_heads, [jax.ShapeDtypeStruct(q.shape, q.dtype), lse_type]
-    if scales is None:
-        return hopper.call(functools.partial(kernel, norm=None), name, types, scratch, heads, groups)(q, k, v)
 
-    def run_with_norm(q_ref, k_ref, v_ref, scales_ref, out_ref, lse_ref, queries_ref, keys_ref, *scratch, interpret):
+    def run(q_ref, k_ref, v_ref, scales_ref, out_ref, lse_ref, queries_ref, keys_ref, *scratch, interpret: bool):
         *others, ready_barrier = scratch
         norm = Norm(scales_ref, head_dim, (queries_ref, keys_ref), ready_barrier, epsilon)
         kernel(q_ref, k_ref, v_ref, out_ref, lse_ref, *others, norm=norm, interpret=interpret)
 
-    scales = jnp.pad(scales, ((0, 0), (0, columns - head_dim)))
-    types += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k)]
-    return hopper.call(run_with_norm, name, types, [*scratch, ready_barrier], heads, groups)(q, k, v, scales)
+    return run

@@ -5,8 +5,7 @@ place: what is used up is overwritten at once.
 
 What orders accesses of shared memory in the forward pass: queries, which results overwrite, have two slots as in
 `attention.py`. Half of the keys or values may be overwritten once its `free_barrier` says that all warpgroups have
-done with it. With a norm, `Norm.ready_barrier` says of each half of the keys that they are normalised, which is done
-where they lie; that of the first half also follows the queries, which each warpgroup needs for itself.
+done with it.
 
 In the backward pass: a block's queries, gradients and `lse` may be overwritten once `full_barrier` says that both
 warpgroups have done with that block. Its queries are, by their own gradients, and only once those are copied by the
@@ -29,8 +28,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from vit22b.kernels import attention_norm, hopper, panels
-from vit22b.kernels.attention_norm import KEY, QUERY, Norm
+from vit22b.kernels import hopper, panels
 from vit22b.kernels.hopper import BLOCK, LOG2_E
 from vit22b.kernels.panels import PANELS, Matrix, Place, turned
 
@@ -73,7 +71,6 @@ def _forward_kernel(
     half_barrier,
     free_barrier,
     *,
-    norm: Norm | None,
     interpret: bool,
 ):
     """A warpgroup takes 64 queries of each head. Keys and values lie in halves: keys, values, keys, values. A half is
@@ -94,33 +91,9 @@ def _forward_kernel(
         place, ref = hopper.place_of(head, num_heads), (k_ref, v_ref)[half % 2]
         panels.load(ref, half_shared, place, HALF * (half // 2), HALF, half, half_barrier.at[half], interpret)
 
-    def normalise(norm, rows, which, head, group):
-        """The warpgroup's rows, in shared memory."""
-        panels.write(rows.places, norm.apply(panels.read(rows.places, columns), which))
-        plgpu.commit_smem()
-        place = hopper.place_of(head, num_heads)
-        panels.store(norm.results[which], rows.places, place, BLOCK * group, interpret)
-
-    def normalise_queries(norm, head, slot, group):
-        plgpu.barrier_wait(q_barrier.at[slot * BLOCKS + group])
-        normalise(norm, Matrix(q_shared, slot, BLOCK * group, BLOCK, columns), QUERY, head, group)
-
-    def normalise_keys(norm, head, half, group):
-        """Where the warpgroup has any in this half."""
-
-        @pl.when(lax.div(jnp.int32(outer_group), jnp.int32(2)) == half // 2)
-        def _():
-            plgpu.barrier_wait(half_barrier.at[half])
-            row = BLOCK * lax.rem(group, jnp.int32(2))
-            normalise(norm, Matrix(half_shared, half, row, BLOCK, columns), KEY, head, group)
-            plgpu.barrier_arrive(norm.ready_barrier.at[half // 2])
-
     load_queries(first, 0, outer_group)
     for half in range(4):
         pl.when(jnp.int32(outer_group) == half)(functools.partial(load_half, first, half))
-    if norm:
-        normalise_queries(norm, first, 0, outer_group)
-        normalise_keys(norm, first, 0, jnp.int32(outer_group))
 
     @pl.loop(0, turns)
     def _(turn):
@@ -136,10 +109,7 @@ def _forward_kernel(
                 load_half(head, half)
 
         queries = Matrix(q_shared, slot, BLOCK * group, BLOCK, terms)
-        if norm:
-            normalise_keys(norm, head, 2, group)
-        else:
-            plgpu.barrier_wait(q_barrier.at[slot * BLOCKS + group])
+        plgpu.barrier_wait(q_barrier.at[slot * BLOCKS + group])
         chunks = _chunks(length)
         top: Any = None
         total: Any = None
@@ -155,19 +125,20 @@ def _forward_kernel(
                 elif index == 1:
                     refill(1, head + step, more)
 
-            if not row and norm:
-                plgpu.barrier_wait(norm.ready_barrier.at[half // 2])
-            elif not row:
+            if not row:
                 plgpu.barrier_wait(half_barrier.at[half])
             some_keys = Matrix(half_shared, half + zero, row + zero, keys, terms)
             (scores,) = panels.matmuls([(None, queries, turned(some_keys))], interpret, while_scoring)
-            if not start:  # before others take the places of what is being copied
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                pl.when(more)(lambda: load_queries(head + step, 1 - slot, group))
             if last_of_half:
                 plgpu.barrier_arrive(free_barrier.at[half])
             if start + keys > length:
                 scores = hopper.masked(scores, length - start)
+            if not start:
+
+                @pl.when(more)
+                def _():
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    load_queries(head + step, 1 - slot, group)
 
             highest = scores.max(axis=1) * scale
             if start:
@@ -201,29 +172,21 @@ def _forward_kernel(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(lse_shared.at[slot, rows], lse_ref.at[head, rows], commit_group=False)
         panels.store(out_ref, places, hopper.place_of(head, num_heads), BLOCK * group, interpret)
-        if norm:
-
-            @pl.when(more)
-            def _():
-                normalise_queries(norm, head + step, 1 - slot, group)
-                normalise_keys(norm, head + step, 0, group)
 
     plgpu.wait_smem_to_gmem(0)
     for half in range(4):  # the last ones that nobody waited for
         pl.when(jnp.int32(outer_group) == half)(functools.partial(plgpu.barrier_wait, free_barrier.at[half]))
 
 
-@functools.partial(jax.jit, static_argnames="epsilon")  # as `attention.forward`
-def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, scales: jax.Array | None = None, epsilon: float = 0.0
-) -> list[jax.Array]:
+@jax.jit  # as `attention.forward`
+def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """As `attention.forward`, which calls this for wide heads."""
-    batch, _, num_heads, head_dim = q.shape
-    return attention_norm.call(
+    batch, _, num_heads, _ = q.shape
+    heads = batch * num_heads
+    return hopper.call(
         _forward_kernel,
         "attention_wide_forward",
-        (q, k, v),
-        jax.ShapeDtypeStruct((batch * num_heads, ROWS), jnp.float32),
+        [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((heads, ROWS), jnp.float32)],
         [
             panels.shared(2, ROWS),
             panels.shared(4, HALF),
@@ -232,12 +195,9 @@ def forward(
             hopper.barriers(4, PANELS),
             hopper.barriers(4, BLOCKS),
         ],
-        hopper.barriers(2, 2),
+        heads,
         BLOCKS,
-        _sizes(head_dim)[0],
-        scales,
-        epsilon,
-    )
+    )(q, k, v)
 
 
 def _backward_kernel(*refs, interpret: bool):

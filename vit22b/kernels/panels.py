@@ -104,11 +104,6 @@ def load(ref: Any, memory: Any, place: tuple, start: Any, rows: int, slot: Any, 
         plgpu.copy_gmem_to_smem(_window(ref, place, start, rows, panel), view, barrier)
 
 
-def read(places: list[Place], columns: int) -> jax.Array:
-    """What lies in the first columns of the places, a panel each, spread over the threads of a warpgroup."""
-    return jnp.concatenate([hopper.read(place.ref, plgpu.Layout.WGMMA) for place in places], axis=1)[:, :columns]
-
-
 def write(places: list[Place], x: jax.Array) -> None:
     """Writes a panel to each of the places, with columns of 0 where `x` has none."""
     x = hopper.padded(x, PANEL * len(places))
