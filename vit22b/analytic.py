@@ -264,8 +264,8 @@ def _communication(recipe: Recipe, chip: Chip, layer: Layer, devices_per_node: i
     else:
         inputs, outputs = 3 + layer.gates, 2
         add("all-gather", "model", layer.sums * (2 + again), stream, hidden=False)
-        # Each projection's output, and the gradient through each, is summed by itself.
-        add("reduce-scatter", "model", inputs + outputs, stream, hidden=False)
+        # What branches add to the stream, and the gradients through all that read it, are summed together.
+        add("reduce-scatter", "model", 2 * layer.sums, stream, hidden=False)
         kernels = inputs + outputs
         add("all-gather", "data", kernels * (1 + again), weights / kernels, hidden=True)
         add("reduce-scatter", "data", kernels, weights / kernels, hidden=True)
