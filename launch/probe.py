@@ -7,9 +7,10 @@
 by all devices here, and kept in the work directory; the same command again goes on where it was stopped. Settings are
 chosen on a part of the training set that is held out, then trained again on all of it, and reported on --val.
 
---protocol: sweep (features stored; minutes), or vit22b, dinov2, dinov3 (SGD on new crops in each epoch). Each sets
-defaults that other flags override; --FLAG=VALUE sets any field of vit22b/probing/config.py, several values as
---learning_rates=0.1,1. vit22b/probing/features.py says which --features there are.
+--protocol: sweep (features stored; minutes), logistic (scikit-learn's logistic regression of stored features), or
+vit22b, dinov2, dinov3 (SGD on new crops in each epoch). Each sets defaults that other flags override; --FLAG=VALUE sets
+any field of vit22b/probing/config.py, several values as --learning_rates=0.1,1. vit22b/probing/features.py says which
+--features there are.
 
 --also NAME=SOURCE[,labels=FILE|,classes=FILE], as often as wanted, reports the winner on further sets: with several
 right labels for each image, or with classes mapped to those of the training set (vit22b/probing/scoring.py says how).

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
 
 from launch import probe
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
@@ -102,6 +103,31 @@ def test_of_augmented_features_nothing_is_kept(encoder, tmp_path):
     assert losses[0] != losses[1]
 
 
+def test_the_logistic_protocol_is_scikit_learns_on_the_stored_features(encoder, tmp_path):
+    flags = ("--protocol=logistic", "--methods=logistic", "--c=0.1,10", "--tolerance=1e-8")
+    found = run(encoder, tmp_path, *flags)[0]["methods"]["logistic"]
+    (kept,) = (tmp_path / "features").iterdir()
+    x, labels = (np.load(kept / "train" / f"{name}-000000-00000.npy")[:1437] for name in ("pooled", "labels"))
+    x_val, val_labels = (np.load(kept / "val" / f"{name}-000000-00000.npy")[:360] for name in ("pooled", "labels"))
+
+    def expected(c, rows):
+        return LogisticRegression(C=c, tol=1e-8, max_iter=10_000).fit(x[rows].astype(np.float64), labels[rows])
+
+    rows, held = split(labels, 0.1, 0)
+    for trial in found["trials"]:
+        top1 = expected(trial["settings"]["c"], rows).score(x[held], labels[held])
+        assert trial["metrics"]["top1"] == pytest.approx(top1, abs=1e-6)
+    best = found["trials"][found["winner"]]["settings"]["c"]
+    assert found["reported"]["metrics"]["top1"] == expected(best, slice(None)).score(x_val, val_labels)
+
+
+def test_heads_that_are_not_at_the_tolerance_are_told(encoder, tmp_path, capsys):
+    run(encoder, tmp_path, "--methods=logistic", "--c=1,1e4", "--max_iterations=2", "--refit=false")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " heads of " in line]
+    assert line.startswith("logistic: 2 of 2 heads of pooled not at --tolerance=1e-07: derivatives of up to 0.")
+    assert line.endswith(", 2 iterations at most")
+
+
 def test_selection_on_the_reported_set_is_said(encoder, tmp_path, capsys):
     results, folder = run(encoder, tmp_path, "--methods=ridge", "--select_on=val")
     assert results["selected_on"] == "validation"
@@ -147,7 +173,7 @@ def test_flags_that_cannot_work_are_told(flags, says):
         (["--batch_size=60"], "--batch_size=60: must be a multiple of the 8 devices"),
         (["--also=x"], "--also=x: needs NAME=SOURCE"),
         (["--also=x=folder:/nowhere"], "--also=x='folder:/nowhere': /nowhere does not exist"),
-        (["--methods=knn", "--decompose=true"], "--methods=('knn',): a decomposition needs sgd or ridge"),
+        (["--methods=knn", "--decompose=true"], "--methods=('knn',): a decomposition needs sgd, logistic or ridge"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_extracted(encoder, tmp_path, flags, says):

@@ -7,7 +7,7 @@ from typing import Any
 
 from vit22b.config import RecipeError, check, check_choice
 
-METHODS = ("sgd", "ridge", "knn", "few_shot")
+METHODS = ("sgd", "logistic", "ridge", "knn", "few_shot")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +43,9 @@ class ProbeConfig:
     augment: str = "none"  # 'crop_flip': new random crops and flips in each epoch, whose features are not stored
     min_area: float = 0.08  # of a random crop, as part of the image
 
+    c: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)  # 'logistic': scikit-learn's inverse penalty
+    tolerance: float = 1e-7  # of the derivatives at its end
+    max_iterations: int = 1000
     l2: tuple[float, ...] = (1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3, 1e4)  # 'ridge': scikit-learn's alpha
     neighbours: tuple[int, ...] = (1, 5, 10, 20, 100)  # 'knn'
     temperature: float = 0.07
@@ -68,14 +71,15 @@ class ProbeConfig:
             if field.name != "also" and isinstance(value, tuple):
                 check(bool(value), f"--{field.name}", "''", "needs at least one value")
                 check(len(set(value)) == len(value), f"--{field.name}", value, "has a value twice")
-        for name in ("learning_rates", "epochs", "l2", "neighbours", "shots"):
+        for name in ("learning_rates", "epochs", "c", "l2", "neighbours", "shots"):
             ok = all(0 < value < math.inf for value in getattr(self, name))
             check(ok, f"--{name}", getattr(self, name), "must be positive")
         check(min(self.weight_decays) >= 0, "--weight_decays", self.weight_decays, "must be 0 (off) or positive")
-        for name in ("extract_batch_size", "threads", "batch_size", "shot_seeds"):
+        for name in ("extract_batch_size", "threads", "batch_size", "max_iterations", "shot_seeds"):
             check(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "must be at least 1")
         for name in ("workers", "image_size", "seed"):
             check(getattr(self, name) >= 0, f"--{name}", getattr(self, name), "must not be negative")
+        check(self.tolerance > 0, "--tolerance", self.tolerance, "must be positive")
         check(self.temperature > 0, "--temperature", self.temperature, "must be positive")
         check(0 <= self.momentum < 1, "--momentum", self.momentum, "must be in [0, 1)")
         check(0 < self.min_area <= 1, "--min_area", self.min_area, "must be in (0, 1]")
@@ -118,6 +122,12 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "epochs": (10,),
         "learning_rates": RATES_OF_DINOV3,
         "weight_decays": (0.0, 1e-5),
+    },
+    # scikit-learn's multinomial logistic regression, with the 45 penalties of [Oquab 2023]'s authors' code.
+    "logistic": {
+        "methods": ("logistic",),
+        "dtype": "fp32",
+        "c": tuple(float(f"{10 ** (-6 + 11 * i / 44):.4g}") for i in range(45)),
     },
 }
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from vit22b import data
 from vit22b.config import Recipe
-from vit22b.probing import closed_form, heads, nearest, sgd
+from vit22b.probing import closed_form, heads, logistic, nearest, sgd
 from vit22b.probing.config import ProbeConfig
 from vit22b.probing.encoder import Encoder
 from vit22b.probing.heads import Heads
@@ -97,7 +97,7 @@ class Nearest:
         return np.log(shares + 1e-12)
 
 
-def methods(config: ProbeConfig, encoder: Encoder, source: Source) -> dict[str, Method]:
+def methods(config: ProbeConfig, encoder: Encoder, source: Source, note: Callable[[str], None]) -> dict[str, Method]:
     """Those of the flags, by name; `source` has the training images, for features that are not stored."""
 
     def train_sgd(settings: dict[str, object] | None, features: Features, rows: np.ndarray) -> list[Heads]:
@@ -110,12 +110,28 @@ def methods(config: ProbeConfig, encoder: Encoder, source: Source) -> dict[str, 
         )
         return sgd.train(grid, stream, encoder.widths, features.num_classes, len(rows), config)
 
+    def train_logistic(settings: dict[str, object] | None, features: Features, rows: np.ndarray) -> list[Heads]:
+        found = []
+        for feature, values in chosen(settings, "c", config.features, config.c):
+            fitted, iterations, derivatives = logistic.fit(
+                features, feature, rows, values, config.tolerance, config.max_iterations
+            )
+            early = np.sum(derivatives > config.tolerance)
+            if early:
+                note(
+                    f"logistic: {early} of {len(values)} heads of {feature} not at --tolerance={config.tolerance:g}: "
+                    f"derivatives of up to {derivatives.max():.1g}, {iterations.max()} iterations at most"
+                )
+            found.append(fitted)
+        return found
+
     def train_ridge(settings: dict[str, object] | None, features: Features, rows: np.ndarray) -> list[Heads]:
         wanted = chosen(settings, "l2", config.features, config.l2)
         return [closed_form.ridge(features, feature, rows, values) for feature, values in wanted]
 
     known: dict[str, Method] = {
         "sgd": Linear(train_sgd),
+        "logistic": Linear(train_logistic),
         "ridge": Linear(train_ridge),
         "knn": Nearest(config),
     }

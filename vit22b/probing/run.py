@@ -68,10 +68,10 @@ def probe(encoder: Encoder, config: ProbeConfig, workdir: Path) -> ProbeResult:
     train_source, val_source = open_sources(config, encoder)
     num_classes = max(train_source.num_classes, val_source.num_classes)
     further = [read_further(text, encoder, num_classes) for text in config.also]
-    known = methods(config, encoder, train_source)
-    check(bool(known), "--methods", config.methods, "few_shot alone chooses no settings; add sgd, ridge or knn")
+    known = methods(config, encoder, train_source, note)
+    check(bool(known), "--methods", config.methods, "few_shot alone chooses no settings; add another method")
     linear = any(isinstance(method, Linear) for method in known.values())
-    check(linear or not config.decompose, "--methods", config.methods, "a decomposition needs sgd or ridge")
+    check(linear or not config.decompose, "--methods", config.methods, "a decomposition needs sgd, logistic or ridge")
     clock = Clock()
     kept = workdir / "features" / features_folder(encoder)
 
