@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from benchmarks import probe_speed
 from launch import probe
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
 from vit22b.probing.run import split
@@ -192,3 +193,22 @@ def test_the_script_exits_with_status_2_and_one_line(tmp_path):
     assert (
         done.stderr.strip().splitlines()[-1] == f"error: {tmp_path}: holds no recipe.json, as the folder of a run does"
     )
+
+
+def test_the_benchmark_counts_the_work_of_all_heads_and_they_learn(tmp_path, monkeypatch, capsys):
+    flags = ["--rows=2000", "--width=32", "--classes=4", "--heads=3", "--epochs=2", "--batch=64"]
+    monkeypatch.setattr(sys, "argv", ["probe_speed.py", *flags, f"--json={tmp_path / 'lines'}"])
+    assert probe_speed.main() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "lines").read_text()) == found
+    rows = 2 * 2000 // 64 * 64
+    assert found["rows_per_second"] * found["train_s"] == pytest.approx(rows)
+    # Two matmuls of each head, a multiplication and an addition each.
+    assert found["tflops_per_second"] * found["train_s"] == pytest.approx(2 * 2 * rows * 32 * 4 * 3 / 1e12)
+    assert 1.3 < found["train_loss"] < np.log(4)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["probe_speed.py", "--batch=60"])
+    assert probe_speed.main() == 2
+    assert capsys.readouterr().err == "error: --batch=60: must be a multiple of 8 devices\n"

@@ -1,7 +1,9 @@
 """Probing: features by name, their store, and the grid of heads that SGD trains in one pass."""
 
 import dataclasses
+import functools
 import itertools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -256,9 +258,9 @@ GRID = dataclasses.replace(
 
 
 def train(settings, features, rows, config=GRID):
-    names = list(dict.fromkeys(s.feature for s in settings))
     widths = {name: x.shape[1] for name, x in features.columns.items()}
-    stream = sgd.stored_batches(features, rows, names, config)
+    streams = (sgd.stored_batches(features, name, rows, config) for name in dict.fromkeys(s.feature for s in settings))
+    stream = (functools.reduce(operator.or_, batches) for batches in zip(*streams, strict=True))
     return sgd.train(settings, stream, widths, features.num_classes, len(rows), config)
 
 
