@@ -20,7 +20,7 @@ def features(x, labels, num_classes):
 
 
 def as_head(kernel_DC, bias_C):
-    return Heads("t", "x", [{}], jnp.asarray(kernel_DC[None], jnp.float32), jnp.asarray(bias_C[None], jnp.float32))
+    return Heads("x", [{}], jnp.asarray(kernel_DC[None], jnp.float32), jnp.asarray(bias_C[None], jnp.float32))
 
 
 def least_squares(train, bias=True):

@@ -51,7 +51,7 @@ def ridge(features: Features, feature: str, rows: np.ndarray, penalties: tuple[f
     values_D = np.maximum(values_D, 0)
     kernel_HDC = np.stack([vectors_DD @ (rotated_DC / (values_D + l2)[:, None]) for l2 in penalties])
     settings: list[dict[str, object]] = [{"feature": feature, "l2": l2} for l2 in penalties]
-    return _heads("ridge", feature, settings, kernel_HDC, near_D + rest_D, 2 * counts_C / count - 1)
+    return _heads(feature, settings, kernel_HDC, near_D + rest_D, 2 * counts_C / count - 1)
 
 
 @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -100,11 +100,10 @@ def few_shot(features: Features, feature: str, rows: np.ndarray, shots: int, see
         solved = x_ND.T @ np.linalg.solve(x_ND @ x_ND.T + FEW_SHOT_L2 * np.eye(count), targets_NC)
     settings: list[dict[str, object]] = [{"feature": feature, "shots": shots, "seed": seed}]
     kernel_HDC = (solved[:-1] / deviation_D[:, None])[None]
-    return _heads("few_shot", feature, settings, kernel_HDC, mean_D, BIAS * solved[-1])
+    return _heads(feature, settings, kernel_HDC, mean_D, BIAS * solved[-1])
 
 
 def _heads(
-    method: str,
     feature: str,
     settings: list[dict[str, object]],
     kernel_HDC: np.ndarray,
@@ -116,4 +115,4 @@ def _heads(
     bias_HC = intercept_C - mean_D @ kernel_HDC.astype(np.float64)  # of the rounded kernel: exact at the mean
     replicated = NamedSharding(get_mesh(), P())
     placed = (jax.make_array_from_process_local_data(replicated, x.astype(np.float32)) for x in (kernel_HDC, bias_HC))
-    return Heads(method, feature, settings, *placed)
+    return Heads(feature, settings, *placed)

@@ -20,7 +20,6 @@ BATCH_SIZE = 1024  # rows that are evaluated at a time
 class Heads:
     """`logits[h] = x kernel[h] + bias[h]`, x being the feature's rows."""
 
-    method: str  # as in 'sgd'
     feature: str
     settings: list[dict[str, object]]  # of each head: what it was trained with, by the names of the flags
     kernel: jax.Array  # H D C, fp32, replicated
@@ -53,9 +52,15 @@ def logits(kernel_HDC: jax.Array, bias_HC: jax.Array, x_BD: jax.Array) -> jax.Ar
 
 
 @jax.jit
+def exact_logits(kernel_HDC: jax.Array, bias_HC: jax.Array, x_BD: jax.Array) -> jax.Array:
+    """The same in fp32, for measuring: kernels rounded to bf16 cost accuracy where features have a large mean."""
+    return logits(kernel_HDC, bias_HC, x_BD.astype(jnp.float32))
+
+
+@jax.jit
 def _sums(kernel: jax.Array, bias: jax.Array, x: jax.Array, labels: jax.Array, mask: jax.Array) -> ClassificationSums:
     measured = functools.partial(classification_sums, config=LossConfig())
-    return jax.vmap(measured, in_axes=(1, None, None))(logits(kernel, bias, x), labels, mask)
+    return jax.vmap(measured, in_axes=(1, None, None))(exact_logits(kernel, bias, x), labels, mask)
 
 
 def measure(heads: Heads, features: Features, rows: np.ndarray) -> list[ClassificationSums]:
@@ -74,6 +79,6 @@ def predict(heads: Heads, features: Features, rows: np.ndarray) -> np.ndarray:
     assert len(heads.settings) == 1
     found = []
     for batch in batches({"x": features.columns[heads.feature]}, rows, BATCH_SIZE):
-        whole = jax.sharding.reshard(logits(heads.kernel, heads.bias, batch["x"]), P())
+        whole = jax.sharding.reshard(exact_logits(heads.kernel, heads.bias, batch["x"]), P())
         found.append(np.asarray(whole)[:, 0])
     return np.concatenate(found)[: len(rows)]

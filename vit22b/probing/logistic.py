@@ -59,7 +59,7 @@ def fit(
             x_ND, labels_N, len(rows), c_H, tolerance, max_iterations, features.num_classes
         )
     settings: list[dict[str, object]] = [{"feature": feature, "c": c} for c in inverse_penalties]
-    heads = Heads("logistic", feature, settings, kernel_HDC, bias_HC)
+    heads = Heads(feature, settings, kernel_HDC, bias_HC)
     return heads, np.asarray(iterations_H), np.asarray(derivative_H)
 
 

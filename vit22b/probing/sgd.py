@@ -75,7 +75,7 @@ def train(
     for step, batch in zip(range(last), stream, strict=False):
         states = update(states, batch, rates, decays, steps, jnp.float32(step), config.momentum)
     return [
-        Heads("sgd", name, [dataclasses.asdict(s) for s in members], states[name].kernel, states[name].bias)
+        Heads(name, [dataclasses.asdict(s) for s in members], states[name].kernel, states[name].bias)
         for name, members in of_feature.items()
     ]
 
