@@ -33,55 +33,45 @@ LEAST_RATIO = 5  # of all training rows to those held back
 
 
 @dataclasses.dataclass(frozen=True)
-class Risk:
-    """The error of a probe, 1 - top-1, and the numbers of rows that it was trained and measured on."""
-
-    error: float
-    trained: int
-    measured: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Decomposition:
-    """The errors by the names above; the parts are their differences and add up to the test error."""
+    """The errors by the names above, 1 - top-1; the parts are their differences and add up to the test error."""
 
     approximation: float | None  # None: not known, and counted into usability
-    fitted: Risk
-    unseen: Risk
-    test: Risk
+    fitted: float
+    unseen: float
+    test: float
 
     def to_json(self) -> dict[str, float | None]:
         """The parts: approximation (may be None), usability, probe_generalization, encoder_generalization; total."""
         return {
             "approximation": self.approximation,
-            "usability": self.fitted.error - (self.approximation or 0),
-            "probe_generalization": self.unseen.error - self.fitted.error,
-            "encoder_generalization": self.test.error - self.unseen.error,
-            "total": self.test.error,
+            "usability": self.fitted - (self.approximation or 0),
+            "probe_generalization": self.unseen - self.fitted,
+            "encoder_generalization": self.test - self.unseen,
+            "total": self.test,
         }
 
 
 def decompose(
+    whole: Heads,
     fit: Callable[[np.ndarray], Heads],
     train: Features,
     test: Features,
     seed: int,
     approximation: float | None,
 ) -> Decomposition:
-    """Trains two probes: `fit(rows)` trains one head on rows of `train`, always with the same settings.
+    """Of the head `whole`, trained on all of `train`, and of one that `fit(rows)` trains alike on some rows of it.
 
     `approximation` is the training error of a supervised model, in [0, 1], or None. The estimators are those of section
     4 of the paper, with errors for losses. The authors tune probes anew for each error; here settings are fixed, so
     that errors differ by rows alone. Raises `RecipeError`.
     """
     kept, held_back = split(train.labels, len(test), seed)
-    everything = np.arange(len(train))
-    whole, partial = fit(everything), fit(kept)
     return Decomposition(
         approximation,
-        fitted=Risk(_error(whole, train, everything), len(everything), len(everything)),
-        unseen=Risk(_error(partial, train, held_back), len(kept), len(held_back)),
-        test=Risk(_error(whole, test, np.arange(len(test))), len(everything), len(test)),
+        fitted=_error(whole, train, np.arange(len(train))),
+        unseen=_error(fit(kept), train, held_back),
+        test=_error(whole, test, np.arange(len(test))),
     )
 
 

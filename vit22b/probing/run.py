@@ -90,9 +90,10 @@ def probe(encoder: Encoder, config: ProbeConfig, workdir: Path) -> ProbeResult:
         judge = train
     found: dict[str, MethodResult] = {}
     predictors: dict[str, Predictor] = {}
+    confusions: dict[str, np.ndarray] = {}
     for name, method in known.items():
         with clock.phase(name):
-            found[name], predictors[name] = search(
+            found[name], predictors[name], confusions[name] = search(
                 method, config, (train, fit_rows), (judge, judge_rows), (val, np.arange(len(val)))
             )
         best = found[name]
@@ -123,9 +124,9 @@ def probe(encoder: Encoder, config: ProbeConfig, workdir: Path) -> ProbeResult:
     result = dataclasses.replace(result, further=[judged(each, others[each.name], winner) for each in further])
     if config.decompose:
         with clock.phase("decomposition"):
-            parts = decomposed(config, known, result, train, val)
+            parts = decomposed(config, known, predictors, result, train, val)
         result = dataclasses.replace(result, decomposition=parts.to_json())
-    write(workdir, result, winner, val, train_source.class_names)
+    write(workdir, result, winner, confusions[result.winner], train_source.class_names)
     return result
 
 
@@ -195,8 +196,11 @@ def search(
     fit: tuple[Features, np.ndarray],
     judge: tuple[Features, np.ndarray],
     report: tuple[Features, np.ndarray],
-) -> tuple[MethodResult, Predictor]:
-    """Tries every setting of a method, and reports the best; `fit`, `judge`, `report`: rows of sets."""
+) -> tuple[MethodResult, Predictor, np.ndarray]:
+    """Tries every setting of a method, and reports the best; `fit`, `judge`, `report`: rows of sets.
+
+    With the best itself, and what it takes for what on the reported rows, as `confusion`.
+    """
     start = time.perf_counter()
     candidates = method.candidates(*fit, *judge)
     index = max(range(len(candidates)), key=lambda i: candidates[i].metrics["top1"])
@@ -205,9 +209,11 @@ def search(
     again = config.refit and len(fit[1]) < len(train)
     predict = method.fit(best.settings, train, np.arange(len(train))) if again else best.predict
     features, rows = report
-    scored = score(predict(features, rows), features.labels[rows], same_classes(features.num_classes))
+    logits, labels = predict(features, rows), features.labels[rows]
+    scored = score(logits, labels, same_classes(features.num_classes))
     trials = [Trial(each.settings, each.metrics) for each in candidates]
-    return MethodResult(trials, index, reported(scored), time.perf_counter() - start), predict
+    result = MethodResult(trials, index, reported(scored), time.perf_counter() - start)
+    return result, predict, confusion(logits, labels, features.num_classes)
 
 
 def few_shots(config: ProbeConfig, train: Features, val: Features) -> list[FewShot]:
@@ -232,35 +238,44 @@ def judged(further: FurtherSource, features: Features, predict: Predictor) -> Fu
 
 
 def decomposed(
-    config: ProbeConfig, known: dict[str, Method], result: ProbeResult, train: Features, val: Features
+    config: ProbeConfig,
+    known: dict[str, Method],
+    predictors: dict[str, Predictor],
+    result: ProbeResult,
+    train: Features,
+    val: Features,
 ) -> decompose.Decomposition:
     """The error of the best linear method's best settings, in parts."""
     linear = {name: method for name, method in known.items() if isinstance(method, Linear)}
     name = max(linear, key=lambda name: result.methods[name].best.metrics["top1"])
-    settings = result.methods[name].best.settings
+    settings, best = result.methods[name].best.settings, predictors[name]
 
     def fit(rows: np.ndarray) -> Heads:
         return linear[name].fit(settings, train, rows).head
 
+    # Without a refit the best was trained on a part of the rows.
+    trained = config.refit or config.select_on == "val"
+    whole = best.head if trained and isinstance(best, LinearPredictor) else fit(np.arange(len(train)))
     approximation = None if math.isnan(config.approximation) else config.approximation
-    return decompose.decompose(fit, train, val, config.seed, approximation)
+    return decompose.decompose(whole, fit, train, val, config.seed, approximation)
 
 
 def described(source: Source) -> ImageSet:
     return ImageSet(source.name, len(source), source.fingerprint())
 
 
-def write(workdir: Path, result: ProbeResult, winner: Predictor, val: Features, class_names: tuple[str, ...]) -> None:
+def write(
+    workdir: Path, result: ProbeResult, winner: Predictor, confused: np.ndarray, class_names: tuple[str, ...]
+) -> None:
     """Results into a folder of their own for each choice of flags; the winner's head too, where it is linear."""
-    logits = winner(val, np.arange(len(val)))  # by all processes
     if jax.process_index() > 0:
         return
     settings = json.dumps(result.settings, sort_keys=True, default=str)
     folder = workdir / f"{result.protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", to_json(result))
-    names = class_names or tuple(map(str, range(val.num_classes)))
-    write_page(folder / "report.html", result, confusion(logits, val.labels, val.num_classes), names)
+    names = class_names or tuple(map(str, range(len(confused))))
+    write_page(folder / "report.html", result, confused, names)
     if isinstance(winner, LinearPredictor):
         head = winner.head
         np.savez(
