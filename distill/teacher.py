@@ -9,7 +9,6 @@ import functools
 import hashlib
 import json
 import math
-import runpy
 from pathlib import Path
 
 import jax
@@ -22,7 +21,7 @@ from vit22b import data, sharding
 from vit22b.checkpoint import restore_model
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError, check
 from vit22b.flops import forward_flops
-from vit22b.frozen import frozen_config, placed
+from vit22b.frozen import RANDOM, frozen_config, placed, random_recipe, untrained
 from vit22b.hardware import multiplies_fp8
 from vit22b.matmul import DTYPES
 from vit22b.mix import mix, normalize
@@ -33,8 +32,6 @@ from vit22b.sources import Source
 from vit22b.step import compile_eval_step, step_key
 from vit22b.train import evaluate, place
 from vit22b.workdir import read_recipe
-
-RANDOM = "random:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,14 +62,9 @@ def load_one(name: str, recipe: DistillRecipe, index: int) -> Teacher:
     trained, normal = read_teacher(name)
     config = frozen_config(trained, recipe.distill.matmul)
     check_teacher(name, config, recipe, index)
-
-    def create() -> ViT:
-        model = ViT(config, jax.random.key(index))
-        return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), model, abstract)
-
     abstract = placed(abstract_model(config), replicated=recipe.distill.sharding == "replicated")
     if name.startswith(RANDOM):
-        model = jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+        model = untrained(abstract, index)
     else:
         model = restore_model(Path(name) / "checkpoints", abstract)
     return Teacher(name=name, config=config, data=normal, model=model)
@@ -80,13 +72,7 @@ def load_one(name: str, recipe: DistillRecipe, index: int) -> Teacher:
 
 def read_teacher(name: str) -> tuple[ModelConfig, DataConfig]:
     """The architecture of a teacher, and how its images are normalised; raises `RecipeError`."""
-    if name.startswith(RANDOM):
-        path, _, argument = name.removeprefix(RANDOM).partition(":")
-        check(Path(path).is_file(), "distill.teachers", name, f"there is no recipe {path}")
-        get_config = runpy.run_path(path)["get_config"]
-        recipe = get_config(argument) if argument else get_config()
-        return recipe.model, recipe.data
-    recipe = read_recipe(Path(name))
+    recipe = random_recipe("distill.teachers", name) if name.startswith(RANDOM) else read_recipe(Path(name))
     return recipe.model, recipe.data
 
 

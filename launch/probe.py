@@ -3,9 +3,10 @@
     python launch/probe.py --model runs/mine --train tfds:imagenet2012 --val tfds:imagenet2012:validation
     python launch/probe.py --model hf:facebook/dinov2-base --train folder:/data/birds --val folder:/data/birds:test
 
---model: a work directory, or weights of other libraries as launch/convert.py reads them. Features are extracted once,
-by all devices here, and kept in the work directory; the same command again goes on where it was stopped. Settings are
-chosen on a part of the training set that is held out, then trained again on all of it, and reported on --val.
+--model: a work directory, weights of other libraries as launch/convert.py reads them, or random:RECIPE.py[:ARGUMENT],
+an untrained model, which others can be compared with. Features are extracted once, by all devices here, and kept in the
+work directory; the same command again goes on where it was stopped. Settings are chosen on a part of the training set
+that is held out, then trained again on all of it, and reported on --val.
 
 --protocol: sweep (features stored; minutes), logistic (scikit-learn's logistic regression of stored features), or
 vit22b, dinov2, dinov3 (SGD on new crops in each epoch). Each sets defaults that other flags override; --FLAG=VALUE sets
@@ -35,7 +36,7 @@ from launch.tpu import join_cluster, keep_compiled_programs
 from vit22b import sharding
 from vit22b.checkpoint import restore_model
 from vit22b.config import DataConfig, MeshConfig, RecipeError, check
-from vit22b.frozen import frozen_config, placed
+from vit22b.frozen import RANDOM, frozen_config, placed, random_recipe, untrained
 from vit22b.memory import check_parameter_memory
 from vit22b.model import ViT, abstract_model
 from vit22b.probing.config import ProbeConfig, protocol_fields, typed
@@ -99,11 +100,12 @@ def load(name: str, matmul: str) -> tuple[ViT, DataConfig]:
         check_parameter_memory(abstract, "--model", name, "fp32")
         model = jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), convert.load(source), placed(abstract))
         return model, DataConfig(train="", validation="", **source.preprocessing)
-    recipe = read_recipe(Path(name))
+    recipe = random_recipe("--model", name) if name.startswith(RANDOM) else read_recipe(Path(name))
     config = frozen_config(recipe.model, matmul)
     abstract = placed(abstract_model(config))
     check_parameter_memory(abstract, "--model", name, matmul)
-    return restore_model(Path(name) / "checkpoints", abstract), recipe.data
+    model = untrained(abstract, 0) if name.startswith(RANDOM) else restore_model(Path(name) / "checkpoints", abstract)
+    return model, recipe.data
 
 
 def main() -> int:

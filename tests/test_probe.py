@@ -13,7 +13,9 @@ from sklearn.linear_model import LogisticRegression
 
 from benchmarks import probe_speed
 from launch import probe
+from recipes import smoke
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
+from vit22b.model import ViT
 from vit22b.probing.run import split
 from vit22b.sources import open_source
 
@@ -183,6 +185,19 @@ def test_mistakes_are_told_before_anything_is_extracted(encoder, tmp_path, flags
         probe.run(config)
     assert str(error.value).startswith(says)
     assert not (tmp_path / "w").exists()
+
+
+def test_an_untrained_model_is_that_of_its_recipe(tmp_path, mesh):
+    recipe = tmp_path / "tiny.py"
+    recipe.write_text("from recipes import smoke\n\ndef get_config():\n    return smoke.get_config()\n")
+    with mesh(1, 1, 1):
+        found, data = probe.load(f"random:{recipe}", "fp32")
+        right = jax.jit(lambda: ViT(found.config, jax.random.key(0)))()
+    assert data == smoke.get_config().data
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # compiled in another way
+    with pytest.raises(RecipeError, match="there is no recipe nowhere"):
+        probe.load("random:nowhere.py", "fp32")
 
 
 def test_the_script_exits_with_status_2_and_one_line(tmp_path):

@@ -1,6 +1,8 @@
 """Models that only compute: teachers, and encoders that are probed."""
 
 import dataclasses
+import runpy
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,11 +10,13 @@ from jax.sharding import NamedSharding, get_mesh
 from jax.sharding import PartitionSpec as P
 
 from vit22b import sharding
-from vit22b.config import ModelConfig
+from vit22b.config import ModelConfig, Recipe, check
 from vit22b.matmul import DTYPES
 from vit22b.model import ViT
 from vit22b.names import path_name
 from vit22b.optim import MATRICES
+
+RANDOM = "random:"  # before a recipe, in the place of a work directory: an untrained model
 
 
 def frozen_config(trained: ModelConfig, matmul: str) -> ModelConfig:
@@ -41,3 +45,21 @@ def placed(abstract: ViT, replicated: bool = False) -> ViT:
         return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=NamedSharding(get_mesh(), spec))
 
     return jax.tree_util.tree_map_with_path(place_leaf, abstract)
+
+
+def random_recipe(field: str, name: str) -> Recipe:
+    """That of an untrained model, `random:RECIPE.py` or `random:RECIPE.py:ARGUMENT`; raises `RecipeError`."""
+    path, _, argument = name.removeprefix(RANDOM).partition(":")
+    check(Path(path).is_file(), field, name, f"there is no recipe {path}")
+    get_config = runpy.run_path(path)["get_config"]
+    return get_config(argument) if argument else get_config()
+
+
+def untrained(abstract: ViT, seed: int) -> ViT:
+    """A model as it is before training, placed as `abstract`."""
+
+    def create() -> ViT:
+        model = ViT(abstract.config, jax.random.key(seed))
+        return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), model, abstract)
+
+    return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
