@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks import probe_speed
@@ -95,6 +96,50 @@ def test_a_probe_reports_what_its_head_does_on_the_reported_set(encoder, tmp_pat
 def open_labels():
     source = open_source("digits", "train", image_size=8, num_classes=10)
     return np.array([source[i][1] for i in range(len(source))])
+
+
+@pytest.fixture(scope="module")
+def shuffled_folder(tmp_path_factory):
+    """The first digits of the validation set in a folder, and their numbers in the order of its classes and names."""
+    source, folder = open_source("digits", "validation", image_size=8, num_classes=10), tmp_path_factory.mktemp("set")
+    paths = {}
+    for i in range(24):
+        paths[f"{'zm'[i % 2]}/{(7 * i) % 24:02d}.png"] = i
+    for path, i in paths.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        Image.fromarray(source[i][0]).save(folder / path)
+    return folder, [paths[path] for path in sorted(paths)]
+
+
+def test_labels_of_a_folder_are_in_the_order_of_classes_and_names(encoder, shuffled_folder, tmp_path):
+    folder, order = shuffled_folder
+    source = open_source("digits", "validation", image_size=8, num_classes=10)
+    labels = np.array([source[i][1] for i in order])
+    (tmp_path / "real.json").write_text(json.dumps([[int(label)] for label in labels]))
+    flags = ("--methods=ridge", f"--also=real=folder:{folder},labels={tmp_path / 'real.json'}")
+    results, written = run(encoder, tmp_path / "w", *flags)
+    head = np.load(written / "head.npz")
+    (features,) = (tmp_path / "w" / "features").glob("*/val")
+    x = np.load(features / "pooled-000000-00000.npy")[order]
+    right = (x @ head["kernel"] + head["bias"]).argmax(axis=1) == labels
+    assert right.mean() > 0.5  # as no other order has
+    assert results["further"][0]["reported"]["metrics"]["top1"] == right.mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "entries", "says"),
+    [
+        ("labels", 23, "23 entries; needs 24, one for each image"),
+        ("classes", 3, "3 entries; needs 2, one for each class"),
+    ],
+)
+def test_a_file_of_another_length_than_the_folder_is_refused(encoder, shuffled_folder, tmp_path, kind, entries, says):
+    path = tmp_path / "file.json"
+    path.write_text(json.dumps([0] * entries))
+    with pytest.raises(RecipeError) as error:
+        run(encoder, tmp_path / "w", f"--also=real=folder:{shuffled_folder[0]},{kind}={path}")
+    assert str(error.value) == f"--also={path}: has {says} of the set"
+    assert not (tmp_path / "w").exists()
 
 
 def test_of_augmented_features_nothing_is_kept(encoder, tmp_path):
