@@ -3,11 +3,11 @@
     python benchmarks/probe_speed.py [--rows 1280000] [--width 1024] [--classes 1000] [--heads 48] [--epochs 10]
         [--batch 1024] [--json FILE]
 
-Features are random, in bf16, and lie in the host's memory; labels are random. Runs on all devices of this process, and
-prints one line of JSON, which --json appends to a file:
+Features are random, in bf16, and lie in the host's memory (those of a probe: in files); labels are random. Runs on all
+devices of this process, and prints one line of JSON, which --json appends to a file:
 
-    train_s             of the whole training, with bringing the features to the devices, without compiling
-    first_s             of the same with a single step before that: compiling, and bringing the features
+    train_s             of the whole training, in which the host reads batches ahead, without compiling
+    first_s             of a single step before that: compiling
     rows_per_second     each row counts once per epoch, however many heads there are
     tflops_per_second   of the two matmuls of a step, for logits and for the kernels' gradient, 4 FLOPs for each row,
                         feature and class of a head (frozen features need no gradient)
@@ -55,7 +55,7 @@ def measure(features: Features, config: ProbeConfig) -> dict[str, object]:
     def train(steps: int | None) -> tuple[Heads, float]:
         """At most so many steps, and their seconds."""
         start = time.perf_counter()
-        stream = itertools.islice(sgd.stored_batches(features, "x", np.arange(rows), config), steps)
+        stream = itertools.islice(sgd.stored_batches(features, np.arange(rows), ["x"], config), steps)
         (group,) = sgd.train(grid, stream, {"x": width}, features.num_classes, rows, config)
         jax.block_until_ready(group.kernel)
         return group, time.perf_counter() - start

@@ -234,11 +234,14 @@ def test_mistakes_are_told_before_anything_is_extracted(encoder, tmp_path, flags
 
 def test_an_untrained_model_is_that_of_its_recipe(tmp_path, mesh):
     recipe = tmp_path / "tiny.py"
-    recipe.write_text("from recipes import smoke\n\ndef get_config():\n    return smoke.get_config()\n")
+    recipe.write_text(
+        "import dataclasses\nfrom recipes import smoke\n\ndef get_config(width):\n    base = smoke.get_config()\n"
+        "    return dataclasses.replace(base, model=dataclasses.replace(base.model, depth=1, width=int(width)))\n"
+    )
     with mesh(1, 1, 1):
-        found, data = probe.load(f"random:{recipe}", "fp32")
+        found, data = probe.load(f"random:{recipe}:32", "fp32")
         right = jax.jit(lambda: ViT(found.config, jax.random.key(0)))()
-    assert data == smoke.get_config().data
+    assert (data, found.config.width) == (smoke.get_config().data, 32)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # compiled in another way
     with pytest.raises(RecipeError, match="there is no recipe nowhere"):

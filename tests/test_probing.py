@@ -1,9 +1,7 @@
 """Probing: features by name, their store, and the grid of heads that SGD trains in one pass."""
 
 import dataclasses
-import functools
 import itertools
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -258,9 +256,9 @@ GRID = dataclasses.replace(
 
 
 def train(settings, features, rows, config=GRID):
+    names = list(dict.fromkeys(s.feature for s in settings))
     widths = {name: x.shape[1] for name, x in features.columns.items()}
-    streams = (sgd.stored_batches(features, name, rows, config) for name in dict.fromkeys(s.feature for s in settings))
-    stream = (functools.reduce(operator.or_, batches) for batches in zip(*streams, strict=True))
+    stream = sgd.stored_batches(features, rows, names, config)
     return sgd.train(settings, stream, widths, features.num_classes, len(rows), config)
 
 

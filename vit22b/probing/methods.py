@@ -102,14 +102,13 @@ def methods(config: ProbeConfig, encoder: Encoder, source: Source, note: Callabl
 
     def train_sgd(settings: dict[str, object] | None, features: Features, rows: np.ndarray) -> list[Heads]:
         grid = sgd.grid(config) if settings is None else [sgd.Setting(**settings)]  # type: ignore[arg-type]
-        sizes = encoder.widths, features.num_classes, len(rows)
-        if config.augment == "crop_flip":
-            return sgd.train(grid, augmented_batches(encoder, source, rows, config), *sizes, config)
-        found = []
-        for feature in dict.fromkeys(setting.feature for setting in grid):  # a single one is on the devices
-            members = [setting for setting in grid if setting.feature == feature]
-            found += sgd.train(members, sgd.stored_batches(features, feature, rows, config), *sizes, config)
-        return found
+        names = list(dict.fromkeys(setting.feature for setting in grid))
+        stream = (
+            augmented_batches(encoder, source, rows, config)
+            if config.augment == "crop_flip"
+            else sgd.stored_batches(features, rows, names, config)
+        )
+        return sgd.train(grid, stream, encoder.widths, features.num_classes, len(rows), config)
 
     def train_logistic(settings: dict[str, object] | None, features: Features, rows: np.ndarray) -> list[Heads]:
         found = []

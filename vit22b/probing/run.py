@@ -274,8 +274,7 @@ def write(
     folder = workdir / f"{result.protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", to_json(result))
-    names = class_names or tuple(map(str, range(len(confused))))
-    write_page(folder / "report.html", result, confused, names)
+    write_page(folder / "report.html", result, confused, class_names)
     if isinstance(winner, LinearPredictor):
         head = winner.head
         np.savez(

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from vit22b.probing.config import ProbeConfig
 from vit22b.probing.heads import Heads, logits
-from vit22b.probing.rows import Features, all_rows
-from vit22b.sharding import BATCH
+from vit22b.probing.rows import Column, Features, part
+from vit22b.train import place
 
 INITIAL_DEVIATION = 0.01  # of kernels, as DINOv2's
 
@@ -130,24 +131,19 @@ def update(
 
 
 def stored_batches(
-    features: Features, feature: str, rows: np.ndarray, config: ProbeConfig
+    features: Features, rows: np.ndarray, names: list[str], config: ProbeConfig
 ) -> Iterator[dict[str, jax.Array]]:
-    """Batches of a stored feature without end: each epoch is a permutation of `rows`, and a batch may span two.
+    """Batches of stored features without end: each epoch is a permutation of `rows`, and a batch may span two.
 
-    The rows lie on all devices together, in their own dtype, so that no step waits for a host to read scattered rows.
+    Read a batch ahead, in the background.
     """
-    column = features.columns[feature]
-    columns = {
-        feature: all_rows(column, rows, column.dtype),
-        "label": all_rows(features.labels, rows, features.labels.dtype),
-    }
-    for places_B in epochs(np.arange(len(rows)), config.batch_size, config.seed):
-        yield _take(columns, places_B)
-
-
-@jax.jit
-def _take(columns: dict[str, jax.Array], places_B: np.ndarray) -> dict[str, jax.Array]:
-    return {name: x.at[places_B].get(out_sharding=BATCH) for name, x in columns.items()}
+    columns: dict[str, Column] = {name: features.columns[name] for name in names} | {"label": features.labels}
+    chosen = epochs(rows, config.batch_size, config.seed)
+    with ThreadPoolExecutor(1, thread_name_prefix="features") as pool:
+        ahead = pool.submit(part, columns, next(chosen), config.batch_size)
+        while True:
+            batch, ahead = ahead.result(), pool.submit(part, columns, next(chosen), config.batch_size)
+            yield place(batch)
 
 
 def epochs(rows: np.ndarray, batch_size: int, seed: int) -> Iterator[np.ndarray]:
