@@ -239,9 +239,9 @@ def test_an_untrained_model_is_that_of_its_recipe(tmp_path, mesh):
         "    return dataclasses.replace(base, model=dataclasses.replace(base.model, depth=1, width=int(width)))\n"
     )
     with mesh(1, 1, 1):
-        found, data = probe.load(f"random:{recipe}:32", "fp32")
+        found, data = probe.load(f"random:{recipe}:48", "fp32")
         right = jax.jit(lambda: ViT(found.config, jax.random.key(0)))()
-    assert (data, found.config.width) == (smoke.get_config().data, 32)
+    assert (data, found.config.width) == (smoke.get_config().data, 48)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # compiled in another way
     with pytest.raises(RecipeError, match="there is no recipe nowhere"):
