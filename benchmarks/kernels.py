@@ -89,8 +89,8 @@ def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
-def norm_cases(config: ModelConfig, batch: int) -> list[Case]:
-    found, epsilon = [], config.norm_epsilon
+def rms_norms(epsilon: float) -> tuple[Function, Function]:
+    """By the kernel, and by XLA: of x and scale."""
 
     def kernel(x, scale):
         return norms.norm(x, scale, None, False, epsilon)
@@ -99,6 +99,11 @@ def norm_cases(config: ModelConfig, batch: int) -> list[Case]:
         y = x.astype(jnp.float32)
         return (y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + epsilon) * scale).astype(x.dtype)
 
+    return kernel, other
+
+
+def norm_cases(config: ModelConfig, batch: int) -> list[Case]:
+    found, (kernel, other) = [], rms_norms(config.norm_epsilon)
     for name, dims in (("norm", (config.width,)), ("query-key norm", (config.num_heads, config.head_dim))):
         x, grad = (normal(seed, batch, config.num_tokens, *dims) for seed in (0, 1))
         inputs = [x, jnp.ones(dims[-1]), grad]
@@ -165,12 +170,7 @@ def attention_cases(config: ModelConfig, batch: int) -> list[Case]:
     def with_norm(attend: Function, norm: Function) -> Function:
         return lambda q, k, v, query_scale, key_scale: attend(norm(q, query_scale), norm(k, key_scale), v)
 
-    def norm(x, scale):
-        return norms.norm(x, scale, None, False, config.norm_epsilon)
-
-    def plain_norm(x, scale):
-        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + config.norm_epsilon) * scale
-
+    norm, plain_norm = rms_norms(config.norm_epsilon)
     kernel, normed = attention.attention, functools.partial(attention.normed_attention, epsilon=config.norm_epsilon)
     # Against the norm kernel and the same attention.
     apart, normed_exact = with_norm(kernel, norm), with_norm(exact, plain_norm)

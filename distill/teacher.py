@@ -17,11 +17,10 @@ from jax.sharding import get_mesh, reshard
 
 from distill import cache
 from distill.config import DistillRecipe
-from vit22b import data, sharding
-from vit22b.checkpoint import restore_model
+from vit22b import data, frozen, sharding
 from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError, check
 from vit22b.flops import forward_flops
-from vit22b.frozen import RANDOM, frozen_config, placed, random_recipe, untrained
+from vit22b.frozen import RANDOM, frozen_config, placed
 from vit22b.hardware import multiplies_fp8
 from vit22b.matmul import DTYPES
 from vit22b.mix import mix, normalize
@@ -63,16 +62,12 @@ def load_one(name: str, recipe: DistillRecipe, index: int) -> Teacher:
     config = frozen_config(trained, recipe.distill.matmul)
     check_teacher(name, config, recipe, index)
     abstract = placed(abstract_model(config), replicated=recipe.distill.sharding == "replicated")
-    if name.startswith(RANDOM):
-        model = untrained(abstract, index)
-    else:
-        model = restore_model(Path(name) / "checkpoints", abstract)
-    return Teacher(name=name, config=config, data=normal, model=model)
+    return Teacher(name=name, config=config, data=normal, model=frozen.load(name, abstract, index))
 
 
 def read_teacher(name: str) -> tuple[ModelConfig, DataConfig]:
     """The architecture of a teacher, and how its images are normalised; raises `RecipeError`."""
-    recipe = random_recipe("distill.teachers", name) if name.startswith(RANDOM) else read_recipe(Path(name))
+    recipe = frozen.recipe_of("distill.teachers", name)
     return recipe.model, recipe.data
 
 

@@ -33,16 +33,14 @@ import jax
 
 from distill import convert, weights
 from launch.tpu import join_cluster, keep_compiled_programs
-from vit22b import sharding
-from vit22b.checkpoint import restore_model
+from vit22b import frozen, sharding
 from vit22b.config import DataConfig, MeshConfig, RecipeError, check
-from vit22b.frozen import RANDOM, frozen_config, placed, random_recipe, untrained
+from vit22b.frozen import frozen_config, placed
 from vit22b.memory import check_parameter_memory
 from vit22b.model import ViT, abstract_model
 from vit22b.probing.config import ProbeConfig, protocol_fields, typed
 from vit22b.probing.encoder import encoder_of
 from vit22b.probing.run import probe
-from vit22b.workdir import read_recipe
 
 
 def parse(argv: list[str]) -> ProbeConfig:
@@ -100,12 +98,11 @@ def load(name: str, matmul: str) -> tuple[ViT, DataConfig]:
         check_parameter_memory(abstract, "--model", name, "fp32")
         model = jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), convert.load(source), placed(abstract))
         return model, DataConfig(train="", validation="", **source.preprocessing)
-    recipe = random_recipe("--model", name) if name.startswith(RANDOM) else read_recipe(Path(name))
+    recipe = frozen.recipe_of("--model", name)
     config = frozen_config(recipe.model, matmul)
     abstract = placed(abstract_model(config))
     check_parameter_memory(abstract, "--model", name, matmul)
-    model = untrained(abstract, 0) if name.startswith(RANDOM) else restore_model(Path(name) / "checkpoints", abstract)
-    return model, recipe.data
+    return frozen.load(name, abstract, seed=0), recipe.data
 
 
 def main() -> int:

@@ -10,11 +10,13 @@ from jax.sharding import NamedSharding, get_mesh
 from jax.sharding import PartitionSpec as P
 
 from vit22b import sharding
+from vit22b.checkpoint import restore_model
 from vit22b.config import ModelConfig, Recipe, check
 from vit22b.matmul import DTYPES
 from vit22b.model import ViT
 from vit22b.names import path_name
 from vit22b.optim import MATRICES
+from vit22b.workdir import read_recipe
 
 RANDOM = "random:"  # before a recipe, in the place of a work directory: an untrained model
 
@@ -47,19 +49,23 @@ def placed(abstract: ViT, replicated: bool = False) -> ViT:
     return jax.tree_util.tree_map_with_path(place_leaf, abstract)
 
 
-def random_recipe(field: str, name: str) -> Recipe:
-    """That of an untrained model, `random:RECIPE.py` or `random:RECIPE.py:ARGUMENT`; raises `RecipeError`."""
+def recipe_of(field: str, name: str) -> Recipe:
+    """That of a work directory, or the one that `random:RECIPE.py[:ARGUMENT]` names; raises `RecipeError`."""
+    if not name.startswith(RANDOM):
+        return read_recipe(Path(name))
     path, _, argument = name.removeprefix(RANDOM).partition(":")
     check(Path(path).is_file(), field, name, f"there is no recipe {path}")
     get_config = runpy.run_path(path)["get_config"]
     return get_config(argument) if argument else get_config()
 
 
-def untrained(abstract: ViT, seed: int) -> ViT:
-    """A model as it is before training, placed as `abstract`."""
+def load(name: str, abstract: ViT, seed: int) -> ViT:
+    """The model of a work directory, or of `random:` as it is before training, placed as `abstract`."""
 
     def create() -> ViT:
         model = ViT(abstract.config, jax.random.key(seed))
         return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), model, abstract)
 
+    if not name.startswith(RANDOM):
+        return restore_model(Path(name) / "checkpoints", abstract)
     return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()

@@ -21,8 +21,8 @@ from vit22b.sharding import BATCH, COLUMN, HIDDEN, RESIDUAL, ROW
 
 KERNEL_IN = P("data", "model")  # (D, K): read by column_parallel
 KERNEL_OUT = P(("model", "data"), None)  # (K, D): read by row_parallel
-PARTS = P(*BATCH, None, None, unreduced={"model"})  # (B, T, D): of each device, to be summed over 'model'
 KERNEL_OUT_2D = P("model", "data")  # the same, where that does not do; see `kernel_out`
+PARTS = P(*BATCH, None, None, unreduced={"model"})  # (B, T, D): of each device, to be summed over 'model'
 
 
 def kernel_out(rows: int, config: ModelConfig) -> P:
