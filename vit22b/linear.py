@@ -23,6 +23,8 @@ KERNEL_IN = P("data", "model")  # (D, K): read by column_parallel
 KERNEL_OUT = P(("model", "data"), None)  # (K, D): read by row_parallel
 KERNEL_OUT_2D = P("model", "data")  # the same, where that does not do; see `kernel_out`
 PARTS = P(*BATCH, None, None, unreduced={"model"})  # (B, T, D): of each device, to be summed over 'model'
+# Older ones fail to reshape what read_as makes, as a scan with several layers in an iteration must.
+RESHAPES_REDUCED = jax.__version_info__ >= (0, 12)
 
 
 def kernel_out(rows: int, config: ModelConfig) -> P:
@@ -42,7 +44,10 @@ def read_as(config: ModelConfig) -> P:
     """
     if config.matmul == "fp8" or config.overlap:
         return RESIDUAL
-    return BATCH if get_abstract_mesh().shape["model"] == 1 else P(*BATCH, reduced={"model"})
+    in_groups = 1 < config.scan_unroll < config.depth
+    if get_abstract_mesh().shape["model"] == 1 or (in_groups and not RESHAPES_REDUCED):
+        return BATCH
+    return P(*BATCH, reduced={"model"})
 
 
 def column_parallel(
