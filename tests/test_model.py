@@ -94,15 +94,15 @@ COTANGENT = np.random.default_rng(2).normal(size=(8, TINY.num_classes)).astype(n
 
 
 @functools.cache
-def run(mesh: MeshFactory, config: ModelConfig, shape: tuple[int, int, int] = (1, 1, 1)) -> Run:
+def run(mesh: MeshFactory, config: ModelConfig, shape: tuple[int, int, int] = (1, 1, 1), batch: int = 8) -> Run:
     """Outputs, and gradients of sum(logits * COTANGENT), of the random model on a mesh of that shape."""
 
     def loss(model: ViT, images: jax.Array) -> tuple[jax.Array, Output]:
         output = model(images, layers=LAYERS)
-        return jnp.sum(output.logits * COTANGENT), output
+        return jnp.sum(output.logits * COTANGENT[:batch]), output
 
     with mesh(*shape) as m:
-        model, images = random_model(config, m), jax.device_put(random_images(config), NamedSharding(m, BATCH))
+        model, images = random_model(config, m), jax.device_put(random_images(config, batch), NamedSharding(m, BATCH))
         traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(model, images)
         with jax.numpy_dtype_promotion("standard"):  # in bf16, JAX lowers its attention's gradient to mixed matmuls
             step = traced.lower().compile({"xla_backend_optimization_level": 0})  # compiling is most of the time
@@ -190,6 +190,11 @@ def test_gradients_equal_the_references_finite_differences_and_reach_every_row(n
 @pytest.mark.parametrize("config", [PARALLEL, SEQUENTIAL], ids=["parallel", "sequential"])
 def test_eight_devices_equal_one(config: ModelConfig, shape: tuple[int, int, int], mesh: MeshFactory) -> None:
     assert_same_run(run(mesh, config, shape), run(mesh, config))
+
+
+@pytest.mark.parametrize("config", [PARALLEL, SEQUENTIAL], ids=["parallel", "sequential"])
+def test_so_they_do_with_too_few_images_for_all_of_them(config: ModelConfig, mesh: MeshFactory) -> None:
+    assert_same_run(run(mesh, config, (2, 2, 2), batch=4), run(mesh, config, batch=4))
 
 
 @pytest.mark.parametrize(

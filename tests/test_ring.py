@@ -87,7 +87,7 @@ def test_parallel_matmuls_equal_numpys(shape: tuple, mesh: MeshFactory) -> None:
         ys = jax.jit(lambda x, w: column_parallel([reshard(x, read_as(config))], w, ["mlp"] * 2, config, None, False))(
             put(x, RESIDUAL), [put(w, P("data", "model")) for w in kernels]
         )
-        z = jax.jit(lambda y, w: row_parallel(y, w, ["mlp"] * 2, config, False))(
+        z = jax.jit(lambda y, w: row_parallel(y, w, ["mlp"] * 2, config, False, RESIDUAL))(
             ys, [put(w, P("model", "data")) for w in outs]
         )
         assert all(jax.typeof(y).sharding.spec == HIDDEN for y in ys)

@@ -13,9 +13,9 @@ from jax.sharding import NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 from vit22b.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Recipe, RecipeError
+from vit22b.linear import residual
 from vit22b.model import Block, ViT, abstract_model
 from vit22b.sharding import (
-    RESIDUAL,
     abstract_mesh,
     bytes_per_device,
     check_divisibility,
@@ -171,7 +171,9 @@ def test_bytes_per_device_are_what_the_first_device_holds(placed: ViT) -> None:
     assert bytes_per_device({"x": jnp.zeros((3, 5), jnp.bfloat16), "y": jnp.zeros(2)}) == 30 + 8
 
 
-def collectives(config: ModelConfig, shape: tuple[int, int, int], mesh: MeshFactory, backward: bool = False) -> dict:
+def collectives(
+    config: ModelConfig, shape: tuple[int, int, int], mesh: MeshFactory, backward: bool = False, batch: int = 8
+) -> dict:
     """Each collective of one block's compiled pass, with its results' shapes on a device, and how often it is there."""
 
     def forward(block: Block, x_BTD: jax.Array) -> jax.Array:
@@ -183,7 +185,8 @@ def collectives(config: ModelConfig, shape: tuple[int, int, int], mesh: MeshFact
 
     with mesh(*shape) as m:
         block = concrete(jax.eval_shape(lambda: Block(config, jax.random.key(0))), m)
-        x_BTD = jax.ShapeDtypeStruct((8, 9, config.width), jnp.float32, sharding=NamedSharding(m, RESIDUAL))
+        spec = residual(batch, config)
+        x_BTD = jax.ShapeDtypeStruct((batch, 9, config.width), jnp.float32, sharding=NamedSharding(m, spec))
         text = jax.jit(both if backward else forward).lower(block, x_BTD).compile().as_text()
     kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
     found = re.findall(rf"= (.*?) ({kinds})(?:-start)?\(", text)
@@ -212,14 +215,27 @@ def test_replicas_only_reduce_gradients(mesh: MeshFactory) -> None:
 
 
 def test_tensor_parallelism_gathers_the_normed_stream_once_and_sums_what_meets_in_it_once(mesh: MeshFactory) -> None:
-    norm, stream = "all-reduce [8,9]", "[8,9,32]"  # the norm's mean square over the width; the stream
+    stream = "[8,9,32]"
     gathered = f"all-gather {stream}"  # the normed stream, for all input projections
     # Attention's and the MLP's output together, one after the other in the sequential block.
-    parallel = {norm: 1, gathered: 1, f"all-reduce {stream}": 1}
-    assert collectives(MODEL, (1, 1, 4), mesh) == parallel
+    assert collectives(MODEL, (1, 1, 4), mesh) == {gathered: 1, f"all-reduce {stream}": 1}
     sequential = dataclasses.replace(MODEL, block="sequential")
-    assert collectives(sequential, (1, 1, 4), mesh) == {norm: 2, gathered: 2, f"all-reduce {stream}": 2}
+    assert collectives(sequential, (1, 1, 4), mesh) == {gathered: 2, f"all-reduce {stream}": 2}
     assert collectives(MODEL, (1, 1, 4), mesh, backward=True) == {
+        gathered: 2,  # and the output's gradient
+        f"all-reduce {stream}": 1,
+        # Gradients of the normed stream through query, key, value and up together, of QK-norms' scales, MLP out bias.
+        f"all-reduce [32] {stream} [8] [8]": 1,
+        "all-reduce [32]": 1,  # of the norm's scale
+        "all-gather [128]": 1,  # of the MLP up bias, which is replicated
+    }
+
+
+def test_images_that_model_does_not_divide_are_split_in_their_width_which_norms_sum(mesh: MeshFactory) -> None:
+    norm, stream = "all-reduce [6,9]", "[6,9,32]"  # the norm's mean square over the width; the stream
+    gathered = f"all-gather {stream}"
+    assert collectives(MODEL, (1, 1, 4), mesh, batch=6) == {norm: 1, gathered: 1, f"all-reduce {stream}": 1}
+    assert collectives(MODEL, (1, 1, 4), mesh, backward=True, batch=6) == {
         norm: 2,  # and its gradient
         gathered: 2,  # and the output's gradient
         f"all-reduce {stream}": 1,
@@ -236,7 +252,6 @@ def test_all_axes_together_communicate_what_each_does_alone(mesh: MeshFactory) -
         "all-gather [16,32]": 1,  # attention out
         "all-gather [32,64]": 1,  # MLP up
         "all-gather [64,32]": 1,  # MLP out
-        "all-reduce [2,9]": 1,  # over model, for a quarter of the batch: as above
-        "all-gather [2,9,32]": 1,
+        "all-gather [2,9,32]": 1,  # over model, for a quarter of the batch: as above
         "all-reduce [2,9,32]": 1,
     }

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
-from jax.sharding import reshard
+from jax.sharding import get_abstract_mesh, reshard
 
 from vit22b import fp8, init
 from vit22b.activations import ACTIVATIONS, STEEPEST
@@ -72,15 +72,16 @@ class Norm(nnx.Module):
         if not self._kernels_apply(x):
             return x, [reshard(self(x), spec)] * count
         own, config = jax.typeof(x).sharding.spec, self.config
+        # With several devices on 'model' the readers' gradients have been added when they arrive.
+        slots = count if get_abstract_mesh().shape["model"] == 1 else 1
         branch_off = functools.partial(
-            norms.branch_off, centred=config.norm == "layer", epsilon=config.norm_epsilon, count=count
+            norms.branch_off, centred=config.norm == "layer", epsilon=config.norm_epsilon, count=slots
         )
-        # Rows are whole, so that `spec` and `own` mean the same.
-        specs = (own, own, [spec] * count)
+        specs = (own, own, [own] * slots)
         run = jax.shard_map(branch_off, in_specs=(own, P(), P()), out_specs=specs, check_vma=False)
         x, y, slots = run(x, *self._vectors())
-        y = reshard(y, spec)
-        return x, [norms.take(y, slot) for slot in slots]
+        taken = [reshard(norms.take(y, slot), spec) for slot in slots]
+        return x, taken * (count // len(taken))
 
     def length(self) -> jax.Array:
         """What no row of the norm exceeds in length, fp32: without scale and bias it is the root of its size."""
@@ -333,7 +334,7 @@ def apply_branches(
                 hidden.append(branch.hidden(ys[:count], rope))
             ys = ys[count:]
         outward, regions = [branch.scaled(branch.out) for branch in others], [branch.region for branch in others]
-        outputs.append(row_parallel(hidden, outward, regions, config, pallas))
+        outputs.append(row_parallel(hidden, outward, regions, config, pallas, jax.typeof(x_BTD).sharding.spec))
     for branch, read_BTD in zip(fused, normed[together:], strict=True):
         with jax.named_scope(branch.region):
             outputs.append(branch.in_fp8(read_BTD, length))

@@ -1,12 +1,13 @@
 """Matmuls with kernels that are split over the mesh: into the MLP's and the heads' space, and back.
 
-Between blocks activations lie as RESIDUAL, inside as HIDDEN. A kernel is split over 'model' for tensor parallelism
-and over 'data', over which it is gathered for use (FSDP), in the dtype of its input.
+Between blocks activations lie as `residual` says, inside as HIDDEN. A kernel is split over 'model' for tensor
+parallelism and over 'data', over which it is gathered for use (FSDP), in the dtype of its input.
 
 Communication is XLA's, or, with `overlap`, in rings beside the matmuls (vit22b/ring.py). Letters as in layers.py.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jax.sharding import get_abstract_mesh, reshard
 from vit22b import fp8, ring
 from vit22b.config import ModelConfig
 from vit22b.matmul import matmul
-from vit22b.sharding import BATCH, COLUMN, HIDDEN, RESIDUAL, ROW
+from vit22b.sharding import BATCH, BY_IMAGE, COLUMN, HIDDEN, RESIDUAL, ROW
 
 KERNEL_IN = P("data", "model")  # (D, K): read by column_parallel
 KERNEL_OUT = P(("model", "data"), None)  # (K, D): read by row_parallel
@@ -38,9 +39,21 @@ def kernel_out(rows: int, config: ModelConfig) -> P:
     return KERNEL_OUT_2D if config.overlap or rows % (sizes["model"] * sizes["data"]) else KERNEL_OUT
 
 
+def residual(batch: int, config: ModelConfig) -> P:
+    """How the residual stream (B, T, D) lies between blocks, on the mesh in force.
+
+    In its width for rings and fp8, which gather that themselves. Else by images, over 'model' as well, where they can
+    be divided: so norms find whole rows, and what is gathered and summed is in one piece.
+    """
+    sizes = get_abstract_mesh().shape
+    if config.matmul == "fp8" or config.overlap or batch % math.prod(sizes.values()):
+        return RESIDUAL
+    return BATCH if sizes["model"] == 1 else BY_IMAGE
+
+
 def read_as(config: ModelConfig) -> P:
-    """How `column_parallel` takes the stream: as it lies for rings and fp8, which gather the width themselves; else
-    whole, in a type whose gradients of several readers are added on each device before they are summed over 'model'.
+    """How `column_parallel` takes the stream: as it lies for rings and fp8; else whole, in a type whose gradients of
+    several readers are added on each device before they are summed over 'model'.
     """
     if config.matmul == "fp8" or config.overlap:
         return RESIDUAL
@@ -78,20 +91,22 @@ def column_parallel(
 
 
 def row_parallel(
-    inputs: list[jax.Array], kernels: list[jax.Array], regions: list[str], config: ModelConfig, pallas: bool
+    inputs: list[jax.Array], kernels: list[jax.Array], regions: list[str], config: ModelConfig, pallas: bool, spec: P
 ) -> jax.Array:
-    """The sum over pairs of `x @ kernel`, (B, T, K) @ (K, D) with K split over 'model': (B, T, D) as RESIDUAL."""
+    """The sum over pairs of `x @ kernel`, (B, T, K) @ (K, D) with K split over 'model': (B, T, D) as `spec`, which is
+    RESIDUAL for fp8 and rings.
+    """
     if config.matmul == "fp8":
         return fp8.row(inputs, kernels, tuple(regions), pallas)
     weights = [w.astype(x.dtype) for x, w in zip(inputs, kernels, strict=True)]
     if config.overlap:
         return _row_rings(inputs, weights)
-    spec = PARTS if len(inputs) > 1 else RESIDUAL  # one product may be what remat=dots keeps: not the whole width
+    product = PARTS if len(inputs) > 1 else spec  # one product may be what remat=dots keeps: not the whole
     outputs = []
     for x, w, region in zip(inputs, weights, regions, strict=True):
         with jax.named_scope(region):
-            outputs.append(matmul("btk,kd->btd", x, reshard(w, ROW), spec))
-    return reshard(functools.reduce(jnp.add, outputs), RESIDUAL)
+            outputs.append(matmul("btk,kd->btd", x, reshard(w, ROW), product))
+    return reshard(functools.reduce(jnp.add, outputs), spec)
 
 
 def sum_replicas_later(blocks):

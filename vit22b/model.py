@@ -27,9 +27,9 @@ from vit22b.layers import (
     rope_angles,
     vector,
 )
-from vit22b.linear import column_parallel, read_as, row_parallel, sum_replicas_later
+from vit22b.linear import column_parallel, read_as, residual, row_parallel, sum_replicas_later
 from vit22b.matmul import DTYPES, matmul
-from vit22b.sharding import BATCH, COLUMN, RESIDUAL
+from vit22b.sharding import BATCH, COLUMN
 
 # What a layer keeps for its backward pass; the rest is computed again.
 REMAT = {
@@ -104,7 +104,8 @@ class MAPHead(nnx.Module):
         )
         with jax.named_scope(region):
             hidden = attention.hidden(projected, rope=None)
-        y_B1D = row_parallel([hidden], [attention.out[...]], [region], self.config, False)
+        spec = residual(x_BTD.shape[0], self.config)
+        y_B1D = row_parallel([hidden], [attention.out[...]], [region], self.config, False, spec)
         y_B1D = add_bias(y_B1D, attention.out_bias)
         y_B1D, more_B1D = apply_branches(self.norm, [self.mlp], y_B1D, None, self.config)
         return (y_B1D + more_B1D)[:, 0]
@@ -166,15 +167,18 @@ class ViT(nnx.Module):
         x_BTI = jax.lax.reshape(
             x.transpose(0, 1, 3, 2, 4, 5), (batch, grid[0] * grid[1], p * p * 3), out_sharding=BATCH
         )
-        x_BTD = matmul("bti,id->btd", x_BTI, self.patch_kernel[...].astype(dtype), RESIDUAL)
+        spec = residual(batch, self.config)
+        by_column = P(None, *spec[2:])
+        kernel_ID = reshard(self.patch_kernel[...].astype(dtype), by_column)
+        x_BTD = matmul("bti,id->btd", reshard(x_BTI, P(spec[0])), kernel_ID, spec)
         x_BTD = x_BTD + self.patch_bias[...].astype(dtype)
         position_TD = self.positions(grid)
         if position_TD is not None:
-            x_BTD = x_BTD + position_TD.astype(dtype)
+            x_BTD = x_BTD + reshard(position_TD.astype(dtype), by_column)
         if self.prefix is not None:
             shape = (batch, *self.prefix.shape)
             prefix = jnp.broadcast_to(self.prefix[...].astype(dtype), shape, out_sharding=BATCH)
-            x_BTD = jnp.concatenate([reshard(prefix, RESIDUAL), x_BTD], axis=1)
+            x_BTD = jnp.concatenate([reshard(prefix, spec), x_BTD], axis=1)
         return x_BTD, grid
 
     def positions(self, grid: tuple[int, int]) -> jax.Array | None:
@@ -210,7 +214,7 @@ class ViT(nnx.Module):
             block, rate, slot, layer_key = inputs
             keep_SB11 = None
             if layer_key is not None:
-                shape, spec = (block.num_sums, x_BTD.shape[0], 1, 1), P(None, *BATCH)
+                shape, spec = (block.num_sums, x_BTD.shape[0], 1, 1), P(None, jax.typeof(x_BTD).sharding.spec[0])
                 keep_SB11 = jax.random.bernoulli(layer_key, 1 - rate, shape, out_sharding=spec).astype(jnp.float32)
                 keep_SB11 = (keep_SB11 / (1 - rate)).astype(x_BTD.dtype)
             x_BTD = block(x_BTD, rope, keep_SB11)

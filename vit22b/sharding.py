@@ -2,8 +2,8 @@
 
 Every array lives on one mesh with the axes `('replica', 'data', 'model')`; an unused axis has size 1.
 The batch is split over `replica` and `data`; parameters and optimizer state over `data` (FSDP) and
-`model` (tensor parallelism); the residual stream over the batch axes and, in its width, over `model`,
-as in ViT-22B [Dehghani 2023, section 3.2]. All axes are Explicit: shardings are part of array types,
+`model` (tensor parallelism); the residual stream over all three, by images or, with rings, in its width
+over `model`, as in ViT-22B [Dehghani 2023, section 3.2]. All axes are Explicit: shardings are part of array types,
 so a forgotten one is an error at trace time instead of a silent copy.
 """
 
@@ -20,6 +20,7 @@ from vit22b.config import MeshConfig, ModelConfig, Recipe, RecipeError, check
 AXES = ("replica", "data", "model")
 BATCH = P(("replica", "data"))
 RESIDUAL = P(("replica", "data"), None, "model")  # B T D
+BY_IMAGE = P(("replica", "data", "model"))  # B T D: the other way; linear.residual chooses
 HIDDEN = P(("replica", "data"), None, "model")  # B T F, and B T (N H)
 TRANSPOSED = P("model", ("replica", "data"), None)  # the same with the last dimension first
 SPLIT = P("model")  # F: a vector along the hidden dimension
