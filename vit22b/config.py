@@ -401,32 +401,6 @@ class RunConfig:
             check(getattr(self, field.name) >= 1, f"run.{field.name}", getattr(self, field.name), "must be at least 1")
 
 
-# A resumed run may change these fields and, ending in a dot, sections: where and how it is computed, and where the data
-# lie (they have fingerprints).
-RESUMABLE = (
-    "mesh.",
-    "run.",
-    "model.attention",
-    "model.kernels",
-    "model.remat",
-    "model.scan_unroll",
-    "model.overlap",
-    "data.train",
-    "data.validation",
-    "data.workers",
-    "data.threads",
-    "data.prefetch_batches",
-    "distill.teachers",
-    "distill.sharding",
-    "distill.cache",
-)
-
-
-def is_resumable(field: str) -> bool:
-    """Whether a resumed run may change a field, by its dotted name."""
-    return any(field == name or (name.endswith(".") and field.startswith(name)) for name in RESUMABLE)
-
-
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Recipe:
     name: str
