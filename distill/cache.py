@@ -24,7 +24,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from distill.config import DistillRecipe
-from vit22b.config import RecipeError, check
+from vit22b.errors import RecipeError, check
 from vit22b.workdir import check_same, is_resumable, write_json
 
 MANIFEST = "manifest.json"

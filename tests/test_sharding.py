@@ -12,8 +12,10 @@ from conftest import MeshFactory, named
 from jax.sharding import NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
-from vit22b.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Recipe, RecipeError
+from vit22b.config import DataConfig, MeshConfig, OptimConfig, Recipe
+from vit22b.errors import RecipeError
 from vit22b.model import Block, ViT, abstract_model
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import (
     RESIDUAL,
     abstract_mesh,

@@ -19,11 +19,11 @@ from jax.sharding import reshard
 
 from vit22b import fp8, init
 from vit22b.activations import ACTIVATIONS, STEEPEST
-from vit22b.config import ModelConfig
 from vit22b.hardware import is_hopper, runs_triton
 from vit22b.kernels import activations, attention, norms
 from vit22b.kernels.tiles import fits
 from vit22b.linear import KERNEL_IN, column_parallel, kernel_out, read_as, row_parallel
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import HEADS, HIDDEN, SPLIT
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import jax
 
-from vit22b.config import Recipe, RecipeError, from_flat
+from vit22b.config import Recipe, from_flat
+from vit22b.errors import RecipeError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets", "pillow")
 
