@@ -26,9 +26,10 @@ import jax.numpy as jnp
 
 from launch.command_line import flag_parser, parse
 from vit22b.activations import ACTIVATIONS
-from vit22b.config import ModelConfig, RecipeError, check
+from vit22b.errors import RecipeError, check
 from vit22b.hardware import CHIPS, is_hopper, runs_triton
 from vit22b.kernels import activations, attention, norms
+from vit22b.model_config import ModelConfig
 
 CALLS = 20
 BF16, FP8 = 0.01, 0.08  # largest errors: of some roundings to bf16, and of one to e5m2

@@ -33,7 +33,8 @@ import numpy as np
 
 from launch.command_line import flag_parser
 from vit22b import sharding
-from vit22b.config import MeshConfig, RecipeError, check
+from vit22b.config import MeshConfig
+from vit22b.errors import RecipeError, check
 from vit22b.probing import heads, sgd
 from vit22b.probing.config import ProbeConfig
 from vit22b.probing.heads import Heads

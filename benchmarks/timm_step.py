@@ -26,9 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 try:
     from launch.command_line import flag_parser, parse
-    from vit22b.config import ModelConfig, Recipe, RecipeError, check, check_choice
+    from vit22b.config import Recipe
+    from vit22b.errors import RecipeError, check, check_choice
     from vit22b.flops import train_flops
     from vit22b.hardware import CHIPS, GIB
+    from vit22b.model_config import ModelConfig
     from vit22b.timing import check_steps, spread, time_groups, warm_up
 except ModuleNotFoundError as missing:
     sys.exit(f"error: no module {missing.name}: pip install torch timm numpy ml-collections absl-py")

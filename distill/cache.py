@@ -24,8 +24,8 @@ import numpy as np
 from array_record.python import array_record_module
 
 from distill.config import DistillRecipe
-from vit22b.config import RecipeError, check, is_resumable
-from vit22b.workdir import check_same, write_json
+from vit22b.errors import RecipeError, check
+from vit22b.workdir import check_same, is_resumable, write_json
 
 MANIFEST = "manifest.json"
 CHUNK_STEPS = 100  # in a file; what a kill loses at most

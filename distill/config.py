@@ -3,7 +3,9 @@
 import dataclasses
 from typing import TYPE_CHECKING
 
-from vit22b.config import LADDER, SIZES, ModelConfig, Recipe, View, check, check_choice, size
+from vit22b.config import Recipe, View
+from vit22b.errors import check, check_choice
+from vit22b.model_config import LADDER, SIZES, ModelConfig, size
 
 if TYPE_CHECKING:
     from distill.objective import Distillation
@@ -43,7 +45,7 @@ class DistillConfig:
     cache: str = ""
     cached_steps: int = 0
     top_k: int = 32  # classes stored of each view
-    # Further students that learn from the same teachers' passes: rows of vit22b/config.py's tables of sizes.
+    # Further students that learn from the same teachers' passes: rows of vit22b/model_config.py's tables of sizes.
     more_students: tuple[str, ...] = ()
 
     def validate(self, recipe: Recipe) -> None:

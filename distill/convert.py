@@ -20,8 +20,10 @@ from distill.layouts.tables import Layout, Rule, expand, read, their_shapes, wri
 from distill.tensors import write_npz, write_safetensors, write_sharded_safetensors
 from distill.weights import METADATA, Source, checked_rules
 from vit22b.checkpoint import Checkpoints, restore_model
-from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
+from vit22b.config import DataConfig, Recipe
+from vit22b.errors import RecipeError
 from vit22b.model import ViT, abstract_model
+from vit22b.model_config import ModelConfig
 from vit22b.names import named_leaves
 from vit22b.sharding import concrete
 from vit22b.workdir import open_workdir, read_recipe, write_json

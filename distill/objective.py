@@ -11,12 +11,12 @@ from jax.sharding import reshard
 from distill.config import DistillRecipe
 from distill.losses import agreement, divergence, unexplained
 from vit22b import init
-from vit22b.config import ModelConfig
 from vit22b.flops import train_flops
 from vit22b.layers import vector
 from vit22b.losses import classification_loss
 from vit22b.matmul import DTYPES, matmul
 from vit22b.model import Output, ViT
+from vit22b.model_config import ModelConfig
 from vit22b.objective import Batch, on_mesh
 from vit22b.optim import Independent
 from vit22b.sharding import BATCH

@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import reshard, use_abstract_mesh
 
 from distill.tensors import write_safetensors
-from vit22b.config import ModelConfig, RecipeError
+from vit22b.errors import RecipeError
 from vit22b.model import ViT, abstract_model
+from vit22b.model_config import ModelConfig
 from vit22b.names import named_leaves
 from vit22b.sharding import BATCH, abstract_mesh, spec_of
 

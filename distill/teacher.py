@@ -18,13 +18,15 @@ from jax.sharding import get_mesh, reshard
 from distill import cache
 from distill.config import DistillRecipe
 from vit22b import data, frozen, sharding
-from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError, check
+from vit22b.config import DataConfig, Recipe
+from vit22b.errors import RecipeError, check
 from vit22b.flops import forward_flops
 from vit22b.frozen import RANDOM, frozen_config, placed
 from vit22b.hardware import multiplies_fp8
 from vit22b.matmul import DTYPES
 from vit22b.mix import mix, normalize
 from vit22b.model import Output, ViT, abstract_model
+from vit22b.model_config import ModelConfig
 from vit22b.objective import Batch
 from vit22b.sharding import BATCH
 from vit22b.sources import Source

@@ -12,8 +12,9 @@ from jax.sharding import get_abstract_mesh, use_abstract_mesh
 from distill.layouts import LAYOUTS
 from distill.layouts.tables import Layout, Published, Rule, check_tensors, check_zeros, their_shapes
 from distill.tensors import open_tensors
-from vit22b.config import ModelConfig, RecipeError
+from vit22b.errors import RecipeError
 from vit22b.model import abstract_model
+from vit22b.model_config import ModelConfig
 from vit22b.names import named_leaves
 from vit22b.sharding import abstract_mesh, check_model_divisibility
 

@@ -58,7 +58,8 @@ from launch.command_line import flag_parser, parse
 from launch.preparation import for_timing
 from launch.tpu import check_on_devices
 from vit22b import data, sharding
-from vit22b.config import Recipe, RecipeError, check, check_choice
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError, check, check_choice
 from vit22b.measure import measure
 from vit22b.profile import LONGEST
 from vit22b.timing import check_steps

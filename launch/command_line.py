@@ -8,7 +8,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from vit22b.config import Recipe, RecipeError, check
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError, check
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 

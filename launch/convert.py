@@ -31,9 +31,11 @@ import jax
 from distill import convert, stablehlo, weights
 from launch.command_line import flag_parser
 from vit22b import sharding
-from vit22b.config import DataConfig, MeshConfig, ModelConfig, RecipeError
+from vit22b.config import DataConfig, MeshConfig
+from vit22b.errors import RecipeError
 from vit22b.memory import check_parameter_memory
 from vit22b.model import ViT, abstract_model
+from vit22b.model_config import ModelConfig
 
 FIELDS = {"model": ModelConfig, "data": DataConfig}
 NEEDED = {int: "an integer", bool: "true or false", float: "a number"}

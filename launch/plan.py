@@ -41,7 +41,8 @@ from launch.command_line import flag_parser, parse
 from vit22b import search, sharding
 from vit22b.analytic import estimate
 from vit22b.cluster import Cluster, open_cluster
-from vit22b.config import Recipe, RecipeError
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError
 from vit22b.hardware import GIB
 from vit22b.plan import Plan, make_plan
 

@@ -9,7 +9,8 @@ import numpy as np
 from distill import cache, teacher
 from distill.config import DistillRecipe
 from vit22b import data
-from vit22b.config import Recipe, RecipeError, check
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError, check
 from vit22b.objective import Batch
 from vit22b.sources import Source
 from vit22b.train import NoPreparation, Preparation, local_part, place

@@ -34,7 +34,8 @@ import jax
 from distill import convert, weights
 from launch.tpu import join_cluster, keep_compiled_programs
 from vit22b import frozen, sharding
-from vit22b.config import DataConfig, MeshConfig, RecipeError, check
+from vit22b.config import DataConfig, MeshConfig
+from vit22b.errors import RecipeError, check
 from vit22b.frozen import frozen_config, placed
 from vit22b.memory import check_parameter_memory
 from vit22b.model import ViT, abstract_model

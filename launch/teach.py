@@ -24,7 +24,8 @@ from launch.command_line import parse
 from launch.preparation import live_teaching, record_all, teacher_fingerprints
 from launch.tpu import check_on_devices, join_cluster, keep_compiled_programs
 from vit22b import data, sharding
-from vit22b.config import Recipe, RecipeError, check
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError, check
 
 
 def teach(recipe: Recipe) -> None:

@@ -19,10 +19,12 @@ from launch.command_line import parse
 from launch.preparation import preparation, teacher_fingerprints
 from vit22b import data, sharding
 from vit22b.checkpoint import Checkpoints
-from vit22b.config import ModelConfig, Recipe, RecipeError, check
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError, check
 from vit22b.hardware import is_hopper, multiplies_fp8, runs_triton
 from vit22b.kernels import attention
 from vit22b.memory import check_state_memory
+from vit22b.model_config import ModelConfig
 from vit22b.report import Reporter, was_evaluated
 from vit22b.train import train
 from vit22b.workdir import open_workdir
@@ -146,7 +148,7 @@ def join_cluster() -> None:
 
 def main() -> int:
     if {"-h", "--help"} & set(sys.argv):
-        print(__doc__, "vit22b/config.py lists the fields, recipes/ holds the recipes.", sep="\n")
+        print(__doc__, "vit22b/config.py and model_config.py list the fields, recipes/ holds the recipes.", sep="\n")
         return 0
     try:
         recipe, workdir = parse(sys.argv)

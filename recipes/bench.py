@@ -4,13 +4,15 @@ Parallel blocks with query-key normalization per head, mean pooling, 1,000 class
 rematerialised, no loop over the layers. W6144 is the 22B's width with 6 of its 48 layers. THE DATA ARE RANDOM IMAGES,
 with which nothing is learned.
 
-Source: sizes from vit22b/config.py's SIZES; batches chosen to fill one GPU of 139 GiB.
+Source: sizes from vit22b/model_config.py's SIZES; batches chosen to fill one GPU of 139 GiB.
 Command: python launch/tpu.py --config recipes/bench.py:L16
     To time a step: python launch/bench.py --config recipes/bench.py:L16
 Measured: only for speed, all on one H200, see BENCHMARKS.md.
 """
 
-from vit22b.config import SIZES, DataConfig, MeshConfig, ModelConfig, OptimConfig, Recipe, check_choice, size
+from vit22b.config import DataConfig, MeshConfig, OptimConfig, Recipe
+from vit22b.errors import check_choice
+from vit22b.model_config import SIZES, ModelConfig, size
 
 MODELS = {  # size, patch size, batch size
     "B16": ("B", 16, 512),

@@ -9,17 +9,9 @@ Measured: 30M, top-1 after 2,000 steps 56.6 and 55.5 % (seeds 0 and 1) on an H20
     --config.model.matmul=fp8 56.5 and 56.1 %. The other sizes: not run.
 """
 
-from vit22b.config import (
-    LADDER,
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    Recipe,
-    RunConfig,
-    check_choice,
-    size,
-)
+from vit22b.config import DataConfig, LossConfig, OptimConfig, Recipe, RunConfig
+from vit22b.errors import check_choice
+from vit22b.model_config import LADDER, ModelConfig, size
 
 SIZES = ("0.5M", "3M", "10M", "30M", "100M")
 

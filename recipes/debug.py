@@ -14,16 +14,9 @@ Measured: 15 to 33 s each, with 8 simulated devices on 2 CPU cores that other wo
 
 from typing import Any
 
-from vit22b.config import (
-    DataConfig,
-    LossConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    Recipe,
-    RunConfig,
-    check_choice,
-)
+from vit22b.config import DataConfig, LossConfig, MeshConfig, OptimConfig, Recipe, RunConfig
+from vit22b.errors import check_choice
+from vit22b.model_config import ModelConfig
 
 STEPS = 60
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {

@@ -20,7 +20,8 @@ import dataclasses
 
 from distill.config import DistillConfig, DistillRecipe
 from recipes import vit_b16_i1k
-from vit22b.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from vit22b.config import DataConfig, OptimConfig, RunConfig
+from vit22b.model_config import ModelConfig
 
 TRAIN_IMAGES = vit_b16_i1k.TRAIN_IMAGES
 BATCH_SIZE = 4096

@@ -13,7 +13,9 @@ import dataclasses
 
 from distill.config import DistillConfig, DistillRecipe
 from recipes import cifar10
-from vit22b.config import SIZES, Recipe, check_choice, size
+from vit22b.config import Recipe
+from vit22b.errors import check_choice
+from vit22b.model_config import SIZES, size
 
 TEACHINGS = ("function_matching", "consistent", "independent", "fixed", "labels")
 

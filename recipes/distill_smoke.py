@@ -15,7 +15,8 @@ import dataclasses
 
 from distill.config import DistillConfig, DistillRecipe
 from recipes import smoke
-from vit22b.config import Recipe, RunConfig, check_choice
+from vit22b.config import Recipe, RunConfig
+from vit22b.errors import check_choice
 
 LABELLED = 100
 RUNS = ("student", "teacher", "labels")

@@ -1,4 +1,4 @@
-"""ViT-22B, or the same architecture at any size of `vit22b.config.LADDER`, from 0.5M parameters up.
+"""ViT-22B, or the same architecture at any size of `vit22b.model_config.LADDER`, from 0.5M parameters up.
 
 THE DEFAULT DATA ARE RANDOM IMAGES, with which nothing is learned: the source's JFT-4B is not public. As it stands this
 recipe measures speed and memory; --config.data.crop=resize --config.data.flip=false spare the host the augmentation.
@@ -26,7 +26,8 @@ Differences from the source: the data; one label per image, where JFT has severa
     none. Warm-up starts at 1/10,000 of the peak, not at 0.
 """
 
-from vit22b.config import LADDER, DataConfig, LossConfig, MeshConfig, ModelConfig, OptimConfig, Recipe, RunConfig, size
+from vit22b.config import DataConfig, LossConfig, MeshConfig, OptimConfig, Recipe, RunConfig
+from vit22b.model_config import LADDER, ModelConfig, size
 
 BATCH_SIZES = {
     **dict.fromkeys(("0.5M", "3M", "10M", "30M"), 1024),

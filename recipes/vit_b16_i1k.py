@@ -25,18 +25,9 @@ Differences from the source:
         position embeddings with a deviation of 1 / sqrt(width), not 0.02.
 """
 
-from vit22b.config import (
-    SIZES,
-    DataConfig,
-    LossConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    Recipe,
-    RunConfig,
-    check_choice,
-    size,
-)
+from vit22b.config import DataConfig, LossConfig, MeshConfig, OptimConfig, Recipe, RunConfig
+from vit22b.errors import check_choice
+from vit22b.model_config import SIZES, ModelConfig, size
 
 TRAIN_IMAGES = 1_281_167  # ImageNet-1k's training set
 BATCH_SIZE = 2048

@@ -20,18 +20,9 @@ Differences from the source: the data; one label per image, where JFT has severa
     Warm-up starts at 1/10,000 of the peak, not at 0.
 """
 
-from vit22b.config import (
-    SIZES,
-    DataConfig,
-    LossConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimConfig,
-    Recipe,
-    RunConfig,
-    check_choice,
-    size,
-)
+from vit22b.config import DataConfig, LossConfig, MeshConfig, OptimConfig, Recipe, RunConfig
+from vit22b.errors import check_choice
+from vit22b.model_config import SIZES, ModelConfig, size
 
 
 def get_config(arg: str = "g") -> Recipe:

@@ -16,7 +16,8 @@ Differences from the source: those of recipes/vit_b16_i1k.py.
 import dataclasses
 
 from recipes import vit_b16_i1k
-from vit22b.config import SIZES, MeshConfig, Recipe, size
+from vit22b.config import MeshConfig, Recipe
+from vit22b.model_config import SIZES, size
 
 STOCHASTIC_DEPTH = {"400": 0.4, "800": 0.45}
 

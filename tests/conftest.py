@@ -23,7 +23,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding
 from teachers import train_teachers
 
-from vit22b.config import DataConfig, ModelConfig, Recipe
+from vit22b.config import DataConfig, Recipe
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import AXES, BATCH, make_mesh
 from vit22b.step import init_state, loss_and_gradients
 

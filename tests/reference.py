@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vit22b.config import ModelConfig
+from vit22b.model_config import ModelConfig
 
 Weights = dict[str, np.ndarray]
 _erf = np.vectorize(math.erf)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from distill.config import DistillConfig, DistillRecipe
 from launch.tpu import run
-from vit22b.config import DataConfig, ModelConfig, OptimConfig, Recipe, RunConfig
+from vit22b.config import DataConfig, OptimConfig, Recipe, RunConfig
+from vit22b.model_config import ModelConfig
 
 MODEL = ModelConfig(
     width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=10, image_size=8, patch_size=4, matmul="fp32"

@@ -11,10 +11,11 @@ from jax.sharding import NamedSharding
 
 from launch.command_line import parse
 from vit22b.analytic import Estimate, Layer, Traffic, bandwidth, estimate
-from vit22b.config import DataConfig, ModelConfig, OptimConfig, Recipe
+from vit22b.config import DataConfig, OptimConfig, Recipe
 from vit22b.flops import executed_flops
 from vit22b.hardware import CHIPS
 from vit22b.model import REMAT, Block
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import RESIDUAL, abstract_mesh
 from vit22b.step import abstract_state, trace_train_step
 

@@ -13,10 +13,10 @@ from conftest import MeshFactory, loss_and_named_gradients, on_a_gpu
 from jax.sharding import NamedSharding, get_abstract_mesh
 
 from vit22b import layers
-from vit22b.config import ModelConfig
 from vit22b.kernels import attention as kernel
 from vit22b.kernels import hopper, norms
 from vit22b.model import abstract_model
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import HEADS
 
 needs_kernel = pytest.mark.skipif(not hopper.AVAILABLE, reason="needs JAX 0.11, which has what the kernel is made of")

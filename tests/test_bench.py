@@ -16,7 +16,7 @@ from launch import bench
 from launch.command_line import parse
 from vit22b import profile
 from vit22b.clocks import ClockSampler
-from vit22b.config import RecipeError
+from vit22b.errors import RecipeError
 from vit22b.profile import Event, Labels, time_shares
 from vit22b.timing import GROUP, WARM_UP, spread, time_groups, warm_up
 

@@ -26,8 +26,10 @@ from distill.tensors import open_tensors, write_safetensors
 from launch import convert as program
 from vit22b import step
 from vit22b.checkpoint import Checkpoints
-from vit22b.config import DataConfig, ModelConfig, OptimConfig, Recipe, RecipeError
+from vit22b.config import DataConfig, OptimConfig, Recipe
+from vit22b.errors import RecipeError
 from vit22b.model import ViT, abstract_model
+from vit22b.model_config import ModelConfig
 from vit22b.names import named_leaves
 from vit22b.sharding import concrete
 from vit22b.workdir import open_workdir, read_recipe

@@ -18,8 +18,9 @@ import pytest
 from conftest import MeshFactory
 from jax.sharding import get_mesh
 
-from vit22b.config import LADDER, ModelConfig, RecipeError, size
+from vit22b.errors import RecipeError
 from vit22b.model import ViT, abstract_model, resample
+from vit22b.model_config import LADDER, ModelConfig, size
 from vit22b.names import named_leaves
 from vit22b.sharding import concrete
 

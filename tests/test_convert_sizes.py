@@ -6,7 +6,7 @@ import pytest
 from distill import weights
 from distill.layouts import LAYOUTS
 from distill.layouts.tables import Published, check_tensors, their_shapes
-from vit22b.config import RecipeError
+from vit22b.errors import RecipeError
 
 # Published config.json of models too large to build here, as far as it is read.
 DINOV3_7B = {

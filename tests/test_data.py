@@ -19,7 +19,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vit22b import data
-from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
+from vit22b.config import DataConfig, Recipe
+from vit22b.errors import RecipeError
+from vit22b.model_config import ModelConfig
 from vit22b.sources import open_source
 
 ROOT = Path(__file__).parent.parent

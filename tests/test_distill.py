@@ -19,8 +19,9 @@ from distill.losses import agreement, divergence, unexplained
 from launch.tpu import run
 from vit22b import data
 from vit22b.checkpoint import Checkpoints
-from vit22b.config import MeshConfig, OptimConfig, Recipe, RecipeError
+from vit22b.config import MeshConfig, OptimConfig, Recipe
 from vit22b.data import open_sources
+from vit22b.errors import RecipeError
 from vit22b.names import named_leaves
 from vit22b.optim import Independent, clip
 from vit22b.report import read_metrics

@@ -18,7 +18,7 @@ from launch.preparation import preparation, teacher_fingerprints
 from launch.teach import teach
 from launch.tpu import run
 from vit22b import data
-from vit22b.config import RecipeError
+from vit22b.errors import RecipeError
 from vit22b.report import read_metrics
 from vit22b.train import place
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 from conftest import MeshFactory
 
-from vit22b.config import SIZES, ModelConfig, size
 from vit22b.flops import forward_flops, train_flops
 from vit22b.hardware import CHIPS, peak_flops
 from vit22b.model import ViT
+from vit22b.model_config import SIZES, ModelConfig, size
 
 SMALL = ModelConfig(
     width=256, depth=2, mlp_dim=1024, num_heads=4, num_classes=100, image_size=32, patch_size=4, matmul="fp32",

@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding
 
 from vit22b import fp8
 from vit22b.activations import ACTIVATIONS, STEEPEST
-from vit22b.config import ModelConfig
 from vit22b.layers import Norm
 from vit22b.linear import KERNEL_IN, KERNEL_OUT
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import HIDDEN, RESIDUAL, SPLIT
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2

@@ -15,10 +15,12 @@ from jax.sharding import NamedSharding
 
 from launch import tpu
 from vit22b import data, sharding
-from vit22b.config import DataConfig, ModelConfig, OptimConfig, Recipe, RecipeError
+from vit22b.config import DataConfig, OptimConfig, Recipe
+from vit22b.errors import RecipeError
 from vit22b.flops import subjaxprs
 from vit22b.hardware import multiplies_fp8
 from vit22b.model import ViT
+from vit22b.model_config import ModelConfig
 from vit22b.step import init_state, loss_and_gradients, train_step
 
 E4M3, E5M2 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2

@@ -11,8 +11,8 @@ import reference
 from conftest import MeshFactory, named
 
 from vit22b import init
-from vit22b.config import ModelConfig
 from vit22b.model import ViT
+from vit22b.model_config import ModelConfig
 
 CONFIG = ModelConfig(
     width=64, depth=2, mlp_dim=256, num_heads=4, num_classes=8, image_size=32, patch_size=4, init="mimetic",

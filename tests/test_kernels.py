@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from conftest import MeshFactory, loss_and_named_gradients, on_a_gpu
 
-from vit22b.config import DataConfig, ModelConfig, Recipe
+from vit22b.config import DataConfig, Recipe
 from vit22b.hardware import runs_triton
 from vit22b.kernels import activations, norms, tiles
+from vit22b.model_config import ModelConfig
 from vit22b.step import init_state
 
 # bf16 has 8 bits of mantissa: rounding a result errs by 2^-9 of it at most, by about 2^-9 / sqrt(3) on average.

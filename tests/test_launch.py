@@ -13,7 +13,9 @@ import pytest
 from launch import tpu
 from launch.command_line import parse
 from vit22b import memory, sharding, step
-from vit22b.config import LADDER, ModelConfig, Recipe, RecipeError, size
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError
+from vit22b.model_config import LADDER, ModelConfig, size
 from vit22b.report import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,9 @@ import reference
 from conftest import MeshFactory, named
 from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 
-from vit22b.config import LADDER, SIZES, ModelConfig, RecipeError, size
+from vit22b.errors import RecipeError
 from vit22b.model import REMAT, Output, ViT, abstract_model
+from vit22b.model_config import LADDER, SIZES, ModelConfig, size
 from vit22b.sharding import BATCH, abstract_mesh, concrete
 
 TINY = ModelConfig(

@@ -13,8 +13,9 @@ import pytest
 from conftest import MeshFactory
 from jax.sharding import Mesh, NamedSharding, use_abstract_mesh
 
-from vit22b.config import DataConfig, ModelConfig, OptimConfig, Recipe
+from vit22b.config import DataConfig, OptimConfig, Recipe
 from vit22b.model import ViT, abstract_model
+from vit22b.model_config import ModelConfig
 from vit22b.names import named_leaves
 from vit22b.optim import add_weight_decay, clip, global_norm, make_optimizer, schedule
 from vit22b.sharding import BATCH, abstract_mesh, concrete, spec_of

@@ -16,9 +16,11 @@ from conftest import MeshFactory
 from launch.command_line import parse
 from vit22b import hlo
 from vit22b.cluster import Cluster, Torus, open_cluster
-from vit22b.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Recipe, RecipeError
+from vit22b.config import DataConfig, MeshConfig, OptimConfig, Recipe
+from vit22b.errors import RecipeError
 from vit22b.flops import executed_flops, train_flops
 from vit22b.hardware import CHIPS
+from vit22b.model_config import ModelConfig
 from vit22b.plan import count_collectives, describe, make_plan
 from vit22b.sharding import concrete, make_mesh
 from vit22b.step import abstract_state, compile_train_step, init_state, trace_train_step

@@ -15,8 +15,10 @@ from sklearn.linear_model import LogisticRegression
 from benchmarks import probe_speed
 from launch import probe
 from recipes import smoke
-from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
+from vit22b.config import DataConfig, Recipe
+from vit22b.errors import RecipeError
 from vit22b.model import ViT
+from vit22b.model_config import ModelConfig
 from vit22b.probing.run import split
 from vit22b.sources import open_source
 

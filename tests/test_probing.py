@@ -10,9 +10,11 @@ import pytest
 
 from vit22b import data
 from vit22b.augment import eval_image, train_image
-from vit22b.config import DataConfig, ModelConfig, RecipeError
+from vit22b.config import DataConfig
+from vit22b.errors import RecipeError
 from vit22b.mix import normalize
 from vit22b.model import ViT
+from vit22b.model_config import ModelConfig
 from vit22b.probing import sgd, store
 from vit22b.probing.config import PROTOCOLS, ProbeConfig, protocol_fields, typed
 from vit22b.probing.encoder import digest, encoder_of

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
-from vit22b.config import RecipeError
+from vit22b.errors import RecipeError
 from vit22b.probing import closed_form, nearest
 from vit22b.probing.closed_form import few_shot, ridge
 from vit22b.probing.rows import Features

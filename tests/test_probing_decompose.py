@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from vit22b.config import RecipeError
+from vit22b.errors import RecipeError
 from vit22b.probing.decompose import decompose, split
 from vit22b.probing.heads import Heads
 from vit22b.probing.rows import Features

@@ -7,7 +7,7 @@ import scipy.special
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from vit22b.config import RecipeError
+from vit22b.errors import RecipeError
 from vit22b.probing import logistic
 from vit22b.probing.heads import measure
 from vit22b.probing.rows import Features

@@ -14,7 +14,8 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from vit22b.config import LossConfig, RecipeError
+from vit22b.config import LossConfig
+from vit22b.errors import RecipeError
 from vit22b.metrics import classification_sums
 from vit22b.probing import page, result, scoring
 from vit22b.probing.scoring import Answers, read_answers, same_classes, score

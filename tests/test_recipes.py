@@ -6,7 +6,6 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,9 +14,11 @@ import pytest
 from jax.sharding import use_abstract_mesh
 
 from launch.command_line import parse
-from vit22b import config
-from vit22b.config import LADDER, Recipe, RecipeError
+from vit22b import config, model_config
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError, check_choice
 from vit22b.model import REMAT
+from vit22b.model_config import LADDER, ModelConfig
 from vit22b.optim import schedule
 from vit22b.sharding import abstract_mesh, check_divisibility, mesh_shape, spec_of
 from vit22b.step import abstract_state, train_step
@@ -161,13 +162,13 @@ NO_MECHANISM = {
 def choices(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
     """The choices of each field, as the checks know them."""
     found = {"model.remat": set(REMAT)}
-    check_choice: Callable = config.check_choice
 
     def record(field: str, value: str, choices: tuple[str, ...]) -> None:
         found[field] = set(choices)
         check_choice(field, value, choices)
 
-    monkeypatch.setattr(config, "check_choice", record)
+    for checking in (config, model_config):
+        monkeypatch.setattr(checking, "check_choice", record)
     for recipe in DEBUG.values():
         recipe.validate()
     return found
@@ -175,7 +176,7 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 
 def defaults() -> dict[str, object]:
     """The fields that have a default, by their dotted names, with it."""
-    parts = {"": Recipe, "model.": config.ModelConfig, "loss.": config.LossConfig, "optim.": config.OptimConfig,
+    parts = {"": Recipe, "model.": ModelConfig, "loss.": config.LossConfig, "optim.": config.OptimConfig,
              "data.": config.DataConfig, "mesh.": config.MeshConfig, "run.": config.RunConfig}  # fmt: skip
     fields = [(prefix + field.name, field) for prefix, part in parts.items() for field in dataclasses.fields(part)]
     return {name: field.default for name, field in fields if field.default is not dataclasses.MISSING}

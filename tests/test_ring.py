@@ -15,9 +15,11 @@ from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from vit22b import ring, sharding
-from vit22b.config import DataConfig, ModelConfig, Recipe, RecipeError
+from vit22b.config import DataConfig, Recipe
+from vit22b.errors import RecipeError
 from vit22b.hlo import Replay, parse
 from vit22b.linear import column_parallel, read_as, row_parallel
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import HIDDEN, RESIDUAL
 from vit22b.step import abstract_state, compile_train_step
 

@@ -11,7 +11,8 @@ import pytest
 from launch.command_line import parse
 from vit22b import search as module
 from vit22b.analytic import Estimate, estimate
-from vit22b.config import Recipe, RecipeError
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError
 from vit22b.hardware import CHIPS
 from vit22b.search import SAFETY, WORTH, Candidate, candidates, pareto_front, search, show
 from vit22b.sharding import check_divisibility, mesh_shape

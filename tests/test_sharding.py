@@ -12,9 +12,11 @@ from conftest import MeshFactory, named
 from jax.sharding import NamedSharding, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
-from vit22b.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Recipe, RecipeError
+from vit22b.config import DataConfig, MeshConfig, OptimConfig, Recipe
+from vit22b.errors import RecipeError
 from vit22b.linear import residual
 from vit22b.model import Block, ViT, abstract_model
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import (
     abstract_mesh,
     bytes_per_device,

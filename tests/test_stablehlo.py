@@ -13,7 +13,7 @@ from test_convert import config_of, random_model
 
 from distill import stablehlo
 from distill.tensors import open_tensors
-from vit22b.config import RecipeError
+from vit22b.errors import RecipeError
 
 # Without this code and its packages.
 RUN = """

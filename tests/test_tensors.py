@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distill.tensors import open_tensors, write_npz, write_safetensors, write_sharded_safetensors
-from vit22b.config import RecipeError
+from vit22b.errors import RecipeError
 
 
 def test_large_models_are_written_as_several_files_and_an_index(tmp_path: Path) -> None:

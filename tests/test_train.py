@@ -13,14 +13,16 @@ import pytest
 from launch.tpu import run
 from vit22b import data, step
 from vit22b.checkpoint import Checkpoints
-from vit22b.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Recipe, RecipeError, RunConfig, is_resumable
+from vit22b.config import DataConfig, MeshConfig, OptimConfig, Recipe, RunConfig
+from vit22b.errors import RecipeError
 from vit22b.metrics import classification_sums
 from vit22b.mix import normalize
+from vit22b.model_config import ModelConfig
 from vit22b.names import named_leaves
 from vit22b.report import Reporter, read_metrics
 from vit22b.sharding import concrete, make_mesh
 from vit22b.train import evaluate
-from vit22b.workdir import open_workdir, version
+from vit22b.workdir import is_resumable, open_workdir, version
 
 DEVICES = jax.devices()
 

@@ -13,10 +13,11 @@ import dataclasses
 import functools
 import math
 
-from vit22b.config import DataConfig, ModelConfig, OptimConfig, Recipe
+from vit22b.config import DataConfig, OptimConfig, Recipe
 from vit22b.flops import forward_flops
 from vit22b.hardware import Chip
 from vit22b.memory import state_memory
+from vit22b.model_config import ModelConfig
 
 # Fitted by least squares of the relative error to four steps on one H200: one_w6_full (wide: matmuls decide), one_1B,
 # one_100M_full (narrow: memory does) and one without rematerialisation, by code that kept more and is gone.

@@ -13,7 +13,8 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from vit22b.config import Recipe, RecipeError, check
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError, check
 from vit22b.names import named_leaves
 
 

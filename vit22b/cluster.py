@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
-from vit22b.config import RecipeError
+from vit22b.errors import RecipeError
 from vit22b.hardware import CHIPS, Chip
 from vit22b.sharding import closed_dimensions
 

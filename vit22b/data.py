@@ -20,7 +20,8 @@ from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset, index_shuffle
 
 from vit22b.augment import eval_image, train_image
-from vit22b.config import DataConfig, Recipe, View, check
+from vit22b.config import DataConfig, Recipe, View
+from vit22b.errors import check
 from vit22b.sources import Source, open_source
 
 Batch = dict[str, np.ndarray]

@@ -7,7 +7,7 @@ rematerialisation computes again: it is useful work over peak [Chowdhery 2022, a
 import math
 from typing import TYPE_CHECKING, Any
 
-from vit22b.config import ModelConfig
+from vit22b.model_config import ModelConfig
 
 if TYPE_CHECKING:  # a model's own FLOPs also serve programs without JAX
     from jax.extend import core

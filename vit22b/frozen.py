@@ -11,9 +11,11 @@ from jax.sharding import PartitionSpec as P
 
 from vit22b import sharding
 from vit22b.checkpoint import restore_model
-from vit22b.config import ModelConfig, Recipe, check
+from vit22b.config import Recipe
+from vit22b.errors import check
 from vit22b.matmul import DTYPES
 from vit22b.model import ViT
+from vit22b.model_config import ModelConfig
 from vit22b.names import path_name
 from vit22b.optim import MATRICES
 from vit22b.workdir import read_recipe

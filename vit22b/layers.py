@@ -19,11 +19,11 @@ from jax.sharding import get_abstract_mesh, reshard
 
 from vit22b import fp8, init
 from vit22b.activations import ACTIVATIONS, STEEPEST
-from vit22b.config import ModelConfig
 from vit22b.hardware import is_hopper, runs_triton
 from vit22b.kernels import activations, attention, norms
 from vit22b.kernels.tiles import fits
 from vit22b.linear import KERNEL_IN, column_parallel, kernel_out, read_as, row_parallel
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import HEADS, HIDDEN, SPLIT
 
 
@@ -73,15 +73,15 @@ class Norm(nnx.Module):
             return x, [reshard(self(x), spec)] * count
         own, config = jax.typeof(x).sharding.spec, self.config
         # With several devices on 'model' the readers' gradients have been added when they arrive.
-        slots = count if get_abstract_mesh().shape["model"] == 1 else 1
+        separate = count if get_abstract_mesh().shape["model"] == 1 else 1
         branch_off = functools.partial(
-            norms.branch_off, centred=config.norm == "layer", epsilon=config.norm_epsilon, count=slots
+            norms.branch_off, centred=config.norm == "layer", epsilon=config.norm_epsilon, count=separate
         )
-        specs = (own, own, [own] * slots)
+        specs = (own, own, [own] * separate)
         run = jax.shard_map(branch_off, in_specs=(own, P(), P()), out_specs=specs, check_vma=False)
         x, y, slots = run(x, *self._vectors())
         taken = [reshard(norms.take(y, slot), spec) for slot in slots]
-        return x, taken * (count // len(taken))
+        return x, taken * (count // separate)
 
     def length(self) -> jax.Array:
         """What no row of the norm exceeds in length, fp32: without scale and bias it is the root of its size."""

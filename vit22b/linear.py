@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import get_abstract_mesh, reshard
 
 from vit22b import fp8, ring
-from vit22b.config import ModelConfig
 from vit22b.matmul import matmul
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import BATCH, BY_IMAGE, COLUMN, HIDDEN, RESIDUAL, ROW
 
 KERNEL_IN = P("data", "model")  # (D, K): read by column_parallel

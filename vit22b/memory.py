@@ -11,9 +11,11 @@ import jax
 from jax.sharding import Mesh
 
 from vit22b import sharding
-from vit22b.config import LADDER, Recipe, RecipeError, check, size
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError, check
 from vit22b.hardware import GIB
 from vit22b.model import ViT
+from vit22b.model_config import LADDER, size
 from vit22b.step import abstract_state
 
 

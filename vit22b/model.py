@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
 from vit22b import init
-from vit22b.config import ModelConfig
 from vit22b.layers import (
     MLP,
     Attention,
@@ -29,6 +28,7 @@ from vit22b.layers import (
 )
 from vit22b.linear import column_parallel, read_as, residual, row_parallel, sum_replicas_later
 from vit22b.matmul import DTYPES, matmul
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import BATCH, COLUMN
 
 # What a layer keeps for its backward pass; the rest is computed again.

@@ -15,7 +15,8 @@ import numpy as np
 
 from vit22b import analytic, hlo, sharding
 from vit22b.cluster import Cluster, Torus
-from vit22b.config import Recipe, RecipeError, check
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError, check
 from vit22b.flops import executed_flops
 from vit22b.hardware import GIB
 from vit22b.memory import state_memory

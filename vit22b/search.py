@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from vit22b.analytic import Estimate
-from vit22b.config import MeshConfig, Recipe, RecipeError
+from vit22b.config import MeshConfig, Recipe
+from vit22b.errors import RecipeError
 from vit22b.hardware import GIB
 from vit22b.model import REMAT
 from vit22b.sharding import AXES, check_divisibility, mesh_shape

@@ -15,7 +15,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from vit22b.config import MeshConfig, ModelConfig, Recipe, RecipeError, check
+from vit22b.config import MeshConfig, Recipe
+from vit22b.errors import RecipeError, check
+from vit22b.model_config import ModelConfig
 
 AXES = ("replica", "data", "model")
 BATCH = P(("replica", "data"))

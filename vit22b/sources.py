@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from vit22b.config import RecipeError, check
+from vit22b.errors import RecipeError, check
 
 SPLITS = ("train", "validation", "val", "test")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from vit22b.config import check
+from vit22b.errors import check
 
 WARM_UP = 3  # steps before the clock starts, each waited for
 GROUP = 3  # steps per group

@@ -10,9 +10,30 @@ from pathlib import Path
 
 import jax
 
-from vit22b.config import Recipe, RecipeError, from_flat, is_resumable
+from vit22b.config import Recipe, from_flat
+from vit22b.errors import RecipeError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tensorflow-datasets", "pillow")
+
+# A resumed run may change these fields and, ending in a dot, sections: where and how it is computed, and where the data
+# lie (they have fingerprints).
+RESUMABLE = (
+    "mesh.",
+    "run.",
+    "model.attention",
+    "model.kernels",
+    "model.remat",
+    "model.scan_unroll",
+    "model.overlap",
+    "data.train",
+    "data.validation",
+    "data.workers",
+    "data.threads",
+    "data.prefetch_batches",
+    "distill.teachers",
+    "distill.sharding",
+    "distill.cache",
+)
 
 
 def open_workdir(workdir: Path, recipe: Recipe, fingerprints: dict[str, str]) -> None:
@@ -70,6 +91,11 @@ def check_same_run(workdir: Path, old: dict[str, object], new: dict[str, object]
     what = f"--workdir={workdir}: holds another run, with"
     remedy = "give another --workdir, or the recipe it was started with"
     check_same({name: old[name] for name in decide}, {name: new[name] for name in decide}, what, remedy)
+
+
+def is_resumable(field: str) -> bool:
+    """Whether a resumed run may change a field, by its dotted name."""
+    return any(field == name or (name.endswith(".") and field.startswith(name)) for name in RESUMABLE)
 
 
 def check_same(old: dict[str, object], new: dict[str, object], what: str, remedy: str) -> None:

@@ -4,7 +4,8 @@ import math
 from typing import Any
 
 from distill.layouts.tables import SAME, Layout, Published, Rule, Table
-from vit22b.config import ModelConfig, RecipeError
+from vit22b.errors import RecipeError
+from vit22b.model_config import ModelConfig
 
 ROOTS = ("params/img/", "params/", "img/", "")
 

@@ -3,7 +3,8 @@
 from typing import Any
 
 from distill.layouts.tables import CONVOLUTION, TRANSPOSE, Layout, Published, Rule, Table
-from vit22b.config import ModelConfig, RecipeError
+from vit22b.errors import RecipeError
+from vit22b.model_config import ModelConfig
 
 STANDARD: dict[str, tuple] = {"block": ("sequential",), "norm": ("layer",), "qk_norm": ("none",), "rope_grid": (0,)}
 LEARNED: dict[str, tuple] = {**STANDARD, "position": ("learned",), "position_resampling": ("cubic_plain",)}

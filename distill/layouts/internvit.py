@@ -7,7 +7,8 @@ from typing import Any
 
 from distill.layouts.huggingface import GELUS, STANDARD, activation, described, root, side
 from distill.layouts.tables import CONVOLUTION, TRANSPOSE, Layout, Published, Rule, Table
-from vit22b.config import ModelConfig, RecipeError
+from vit22b.errors import RecipeError
+from vit22b.model_config import ModelConfig
 
 NEEDS: dict[str, tuple] = {**STANDARD, "norm": ("rms", "layer"), "qk_norm": ("none", "width"), "position": ("learned",)}
 NEEDS |= {"position_resampling": ("cubic_plain",), "mlp": ("gelu", "gelu_tanh"), "mlp_sub_norm": (False,)}

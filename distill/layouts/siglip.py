@@ -4,7 +4,7 @@ from typing import Any
 
 from distill.layouts.huggingface import GELUS, STANDARD, activation, root
 from distill.layouts.tables import CONVOLUTION, TRANSPOSE, Layout, Published, Rule, Table
-from vit22b.config import ModelConfig
+from vit22b.model_config import ModelConfig
 
 NEEDS: dict[str, tuple] = {**STANDARD, "position": ("learned",), "mlp": ("gelu", "gelu_tanh"), "mlp_sub_norm": (False,)}
 NEEDS |= {"layer_scale": (0.0,), "class_token": (False,), "num_registers": (0,), "pool": ("map",), "qkv_bias": (True,)}

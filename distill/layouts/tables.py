@@ -13,7 +13,8 @@ from typing import Any
 import einops
 import numpy as np
 
-from vit22b.config import ModelConfig, RecipeError, check
+from vit22b.errors import RecipeError, check
+from vit22b.model_config import ModelConfig
 
 Shape = tuple[int, ...]
 

@@ -14,7 +14,8 @@ import re
 from typing import Any
 
 from distill.layouts.tables import CONVOLUTION, TRANSPOSE, Published, Table
-from vit22b.config import ModelConfig, RecipeError
+from vit22b.errors import RecipeError
+from vit22b.model_config import ModelConfig
 
 POOLS = {"gap": "avg", "cls": "token", "map": "map"}
 # Heads by the size in an architecture's name, as 'vit_base_patch16_224'; they show in no tensor's shape.

@@ -4,7 +4,7 @@ from typing import Any
 
 from distill.layouts.tables import SAME, TRANSPOSE, Layout, Published, Rule, Table
 from distill.layouts.timm import QKV, arguments, description, embedding, fields, final_norm, is_eva, packed_bias, ratio
-from vit22b.config import ModelConfig
+from vit22b.model_config import ModelConfig
 
 INTERLEAVED = "(n h two) i -> i (n two h)"  # EVA-02 turns neighbours among a head's dims, we the two halves
 PATTERN = {True: INTERLEAVED, False: TRANSPOSE}

@@ -4,7 +4,7 @@ from typing import Any
 
 from distill.layouts.tables import TRANSPOSE, Layout, Published, Rule, Shape, Table
 from distill.layouts.timm import NEEDS, QKV, description, embedding, ending, fields, is_eva, packed_bias, ratio
-from vit22b.config import ModelConfig
+from vit22b.model_config import ModelConfig
 
 
 def qk_norms(table: Table, attention: str) -> None:

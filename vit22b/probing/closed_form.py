@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, get_mesh
 from jax.sharding import PartitionSpec as P
 
-from vit22b.config import check
+from vit22b.errors import check
 from vit22b.probing.heads import Heads
 from vit22b.probing.rows import Features, batches
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from vit22b.config import RecipeError, check, check_choice
+from vit22b.errors import RecipeError, check, check_choice
 
 METHODS = ("sgd", "logistic", "ridge", "knn", "few_shot")
 

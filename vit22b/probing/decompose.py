@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vit22b.config import check
+from vit22b.errors import check
 from vit22b.probing import heads
 from vit22b.probing.heads import Heads
 from vit22b.probing.rows import Features

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit22b.config import DataConfig, ModelConfig, Recipe
+from vit22b.config import DataConfig, Recipe
 from vit22b.mix import normalize
 from vit22b.model import ViT
+from vit22b.model_config import ModelConfig
 from vit22b.names import named_leaves
 from vit22b.probing.config import ProbeConfig
 from vit22b.probing.features import Term, parse_feature, see, width

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import reshard
 
-from vit22b.config import ModelConfig, RecipeError, check
+from vit22b.errors import RecipeError, check
 from vit22b.model import Output, ViT
+from vit22b.model_config import ModelConfig
 from vit22b.sharding import BATCH
 
 POOLED = "pooled"

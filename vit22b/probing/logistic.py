@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from vit22b.config import check
+from vit22b.errors import check
 from vit22b.probing.heads import Heads
 from vit22b.probing.rows import Features, all_rows
 from vit22b.sharding import BATCH

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
-from vit22b.config import check
+from vit22b.errors import check
 from vit22b.probing.rows import Features, all_rows, batches
 from vit22b.sharding import BATCH
 

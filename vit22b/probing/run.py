@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vit22b.config import RecipeError, check
 from vit22b.data import check_alike
+from vit22b.errors import RecipeError, check
 from vit22b.probing import closed_form, decompose, heads
 from vit22b.probing.config import ProbeConfig
 from vit22b.probing.encoder import Encoder

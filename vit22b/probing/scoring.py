@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit22b.config import RecipeError, check
+from vit22b.errors import RecipeError, check
 from vit22b.metrics import NUM_BINS
 
 FLAG = "--also"

@@ -19,7 +19,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vit22b import data
-from vit22b.config import Recipe, RecipeError
+from vit22b.config import Recipe
+from vit22b.errors import RecipeError
 from vit22b.flops import forward_flops
 from vit22b.hardware import peak_flops
 from vit22b.probing.rows import Features
