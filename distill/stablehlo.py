@@ -55,7 +55,7 @@ def program(config: ModelConfig) -> jax.export.Exported:
 
     To be called with no mesh in force.
     """
-    config = dataclasses.replace(config, attention="xla", kernels="xla", overlap=False, remat="none")
+    config = dataclasses.replace(config, attention="xla", kernels="xla", overlap="none", remat="none")
     # A mesh of one device: the program is for one, wherever it runs. It is entered inside, since JAX cannot fill in an
     # open batch size of arguments that lie on a mesh.
     mesh = abstract_mesh((1, 1, 1))

@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "layer_scale": 0.5,
             "stochastic_depth": 0.1,
             "init": "mimetic",
-            "overlap": True,
+            "overlap": "rings",
             "remat": "full",
         },
         "loss": {"label_smoothing": 0.1, "z_loss": 1e-4},

@@ -49,7 +49,7 @@ def get_config(arg: str = "22B") -> Recipe:
             num_classes=29_593,  # JFT-3B's
             head_bias=-10.0,
             remat="full" if arg in REMATERIALISED else "none",
-            overlap=arg == "22B",  # the source's asynchronous parallel linear operations
+            overlap="rings" if arg == "22B" else "none",  # the source's asynchronous parallel linear operations
         ),
         loss=LossConfig(kind="sigmoid"),
         optim=OptimConfig(

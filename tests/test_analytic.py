@@ -14,9 +14,10 @@ from vit22b.analytic import Estimate, Layer, Traffic, bandwidth, estimate
 from vit22b.config import DataConfig, OptimConfig, Recipe
 from vit22b.flops import executed_flops
 from vit22b.hardware import CHIPS
+from vit22b.linear import residual
 from vit22b.model import REMAT, Block
 from vit22b.model_config import ModelConfig
-from vit22b.sharding import RESIDUAL, abstract_mesh
+from vit22b.sharding import abstract_mesh
 from vit22b.step import abstract_state, trace_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +82,7 @@ def test_flops_of_a_tiny_model_by_hand() -> None:
         ((2, 1, 2), {"remat": "none", "block": "sequential", "mlp": "swiglu"}),
         ((2, 1, 2), {"remat": "dots"}),
         ((2, 1, 2), {"remat": "attention"}),
-        ((1, 2, 2), {"overlap": True, "remat": "full", "pool": "map"}),
+        ((1, 2, 2), {"overlap": "rings", "remat": "full", "pool": "map"}),
         ((1, 2, 1), {"block": "sequential", "pool": "map", "optim": OptimConfig(accumulate_steps=2)}),
         ((1, 1, 1), {"mlp": "swiglu", "optim": OptimConfig(name="muon")}),
     ],
@@ -113,7 +114,7 @@ def test_communication_of_a_tiny_model_by_hand() -> None:
 
 
 def test_rings_send_the_same_in_hops_that_compute_hides() -> None:
-    plain, rings = (estimate(recipe(overlap=o), H200, (2, 1, 4), devices_per_node=8).traffic for o in (False, True))
+    plain, rings = (estimate(recipe(overlap=o), H200, (2, 1, 4), devices_per_node=8).traffic for o in ("none", "rings"))
     ring, replicas = rings[0], rings[1]
     assert (ring.kind, ring.per_layer, ring.total, ring.hidden) == ("collective-permute", 6 * 3, 2 * 6 * 3, True)
     assert ring.bytes / 6 == pytest.approx((plain[0].bytes + plain[1].bytes) / 5)  # the kernels' gradients gather again
@@ -140,7 +141,7 @@ CASES: list[tuple[Shape, dict]] = [
     ((1, 1, 1), {}),
     ((1, 2, 2), {}),
     ((1, 2, 1), {"kernels": "pallas"}),
-    ((2, 1, 2), {"overlap": True}),
+    ((2, 1, 2), {"overlap": "rings"}),
     ((1, 1, 2), {"mlp": "swiglu", "qk_norm": "none"}),
     ((1, 1, 2), {"block": "sequential", "mlp": "gelu", "norm": "layer", "qk_norm": "width"}),
     ((1, 1, 2), {"remat": "dots"}),
@@ -162,8 +163,9 @@ def test_a_layer_keeps_for_its_gradient_what_jax_says(shape: Shape, changes: dic
     layer = apply if config.remat == "none" else jax.checkpoint(apply, policy=REMAT[config.remat])
     mesh = abstract_mesh(shape)
     with jax.sharding.use_abstract_mesh(mesh):
+        spec = residual(16, config)
         x = jax.ShapeDtypeStruct(
-            (16, config.num_tokens, config.width), jnp.bfloat16, sharding=NamedSharding(mesh, RESIDUAL)
+            (16, config.num_tokens, config.width), jnp.bfloat16, sharding=NamedSharding(mesh, spec)
         )
         block = jax.eval_shape(lambda: Block(config, jax.random.key(0)))
         kept = jax.tree.leaves(jax.eval_shape(lambda block, x: jax.vjp(layer, block, x)[1], block, x))
@@ -175,11 +177,11 @@ def test_a_layer_keeps_for_its_gradient_what_jax_says(shape: Shape, changes: dic
 
 
 @pytest.mark.parametrize("chip", [H200, V4])
-@pytest.mark.parametrize("overlap", [False, True])
-def test_the_more_is_recomputed_the_less_memory_and_the_more_flops(chip, overlap: bool) -> None:
+@pytest.mark.parametrize("overlap", ["none", "rings"])
+def test_the_more_is_recomputed_the_less_memory_and_the_more_flops(chip, overlap: str) -> None:
     found = [
         estimate(recipe(batch_size=256, remat=remat, overlap=overlap), chip, (1, 2, 2), devices_per_node=8)
-        for remat in ("none", "attention", "full") + ("dots",) * (not overlap)
+        for remat in ("none", "attention", "full") + ("dots",) * (overlap == "none")
     ]
     memory = [e.memory["activations"] for e in found[:3]]
     assert memory == sorted(memory, reverse=True)

@@ -161,7 +161,7 @@ def test_training_reaches_bf16s_loss(mesh: MeshFactory) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"overlap": True}, "model.overlap=true: not with model.matmul='fp8'; use model.overlap=false or"),
+        ({"overlap": "rings"}, "model.overlap='rings': not with model.matmul='fp8'; use model.overlap=none or"),
         ({"matmul": "fp4"}, "model.matmul='fp4': choose one of bf16, fp32, fp8"),
     ],
 )

@@ -39,7 +39,7 @@ RECIPE = Recipe(
         image_size=16,
         patch_size=4,
         pool="gap",
-        overlap=True,
+        overlap="rings",
     ),
     optim=OptimConfig(name="adamw", momentum_dtype="bf16", ema_decay=0.9),
     mesh=MeshConfig(replica=2, data=2, model=2),
@@ -143,7 +143,7 @@ def test_executed_flops_are_what_xla_counts_without_loops(remat: str, mesh: Mesh
 def test_executed_flops_count_loops_and_shards_as_often_as_they_run(mesh: MeshFactory) -> None:
     for shape in ((1, 1, 1), (2, 2, 2)):
         with mesh(*shape) as m:
-            for overlap in (False, True):
+            for overlap in ("none", "rings"):
                 model = dataclasses.replace(RECIPE.model, overlap=overlap, remat="full")
                 recipe = dataclasses.replace(RECIPE, model=model, mesh=MeshConfig())
                 traced = trace_train_step(recipe, concrete(abstract_state(recipe), m))

@@ -80,7 +80,7 @@ SHAPES = [(1, 1, 8), (1, 8, 1), (8, 1, 1), (2, 2, 2), (1, 2, 4)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parallel_matmuls_equal_numpys(shape: tuple, mesh: MeshFactory) -> None:
-    config = dataclasses.replace(MODEL, overlap=True)
+    config = dataclasses.replace(MODEL, overlap="rings")
     rng = np.random.default_rng(1)
     x, *kernels = (rng.normal(size=s).astype(np.float32) for s in ((8, 3, 32), (32, 32), (32, 64)))
     outs = [rng.normal(size=s).astype(np.float32) for s in ((32, 32), (64, 32))]
@@ -89,7 +89,7 @@ def test_parallel_matmuls_equal_numpys(shape: tuple, mesh: MeshFactory) -> None:
         ys = jax.jit(lambda x, w: column_parallel([reshard(x, read_as(config))], w, ["mlp"] * 2, config, None, False))(
             put(x, RESIDUAL), [put(w, P("data", "model")) for w in kernels]
         )
-        z = jax.jit(lambda y, w: row_parallel(y, w, ["mlp"] * 2, config, False, RESIDUAL))(
+        z = jax.jit(lambda y, w: row_parallel(y, w, ["mlp"] * 2, config, False))(
             ys, [put(w, P("model", "data")) for w in outs]
         )
         assert all(jax.typeof(y).sharding.spec == HIDDEN for y in ys)
@@ -111,7 +111,7 @@ def test_loss_and_every_gradient_are_those_without_rings(variant: str, mesh: Mes
     config = dataclasses.replace(MODEL, **VARIANTS[variant])
     loss, expected = loss_and_named_gradients(config, (1, 1, 1), mesh)
     for shape in ((1, 2, 4), (2, 2, 2)):
-        ring_loss, gradients = loss_and_named_gradients(dataclasses.replace(config, overlap=True), shape, mesh)
+        ring_loss, gradients = loss_and_named_gradients(dataclasses.replace(config, overlap="rings"), shape, mesh)
         assert ring_loss == pytest.approx(loss, rel=1e-6)
         for name, gradient in expected.items():
             scale = np.abs(gradient).max()
@@ -124,7 +124,7 @@ def test_in_bf16_rings_round_no_more_than_bf16_does(mesh: MeshFactory) -> None:
     _, exact = loss_and_named_gradients(MODEL, (1, 1, 1), mesh)
     bf16 = dataclasses.replace(MODEL, matmul="bf16")
     _, plain = loss_and_named_gradients(bf16, (1, 2, 4), mesh)
-    _, rings = loss_and_named_gradients(dataclasses.replace(bf16, overlap=True), (1, 2, 4), mesh)
+    _, rings = loss_and_named_gradients(dataclasses.replace(bf16, overlap="rings"), (1, 2, 4), mesh)
 
     def error(gradients: dict) -> float:
         square = sum(np.sum((gradients[name] - exact[name]) ** 2) for name in exact)
@@ -136,7 +136,7 @@ def test_in_bf16_rings_round_no_more_than_bf16_does(mesh: MeshFactory) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 2, 4)])
 def test_layers_communicate_by_permutes_and_replicas_once_a_step(shape: tuple, mesh: MeshFactory) -> None:
-    config = dataclasses.replace(MODEL, overlap=True, depth=3)
+    config = dataclasses.replace(MODEL, overlap="rings", depth=3)
     recipe = Recipe(
         name="t", total_steps=1, batch_size=8, model=config, data=DataConfig(train="digits", validation="digits")
     )
@@ -156,13 +156,15 @@ def test_layers_communicate_by_permutes_and_replicas_once_a_step(shape: tuple, m
 
 def test_rematerialising_dots_with_rings_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"model.remat='dots': .* one of none, full, attention"):
-        dataclasses.replace(MODEL, overlap=True, remat="dots").validate()
+        dataclasses.replace(MODEL, overlap="rings", remat="dots").validate()
 
 
 def test_several_layers_per_iteration_with_rings_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"model.scan_unroll=2: with model.overlap=true must be 1, or model.depth=4"):
-        dataclasses.replace(MODEL, overlap=True, depth=4, scan_unroll=2).validate()
-    dataclasses.replace(MODEL, overlap=True, depth=4, scan_unroll=4).validate()
+    with pytest.raises(
+        RecipeError, match=r"model.scan_unroll=2: with model.overlap='rings' must be 1, or model.depth=4"
+    ):
+        dataclasses.replace(MODEL, overlap="rings", depth=4, scan_unroll=2).validate()
+    dataclasses.replace(MODEL, overlap="rings", depth=4, scan_unroll=4).validate()
 
 
 def chips(*dims: int) -> list:

@@ -141,7 +141,7 @@ def test_every_matrix_of_the_body_is_split_over_data_and_model(placed: ViT) -> N
         assert shards == {expected}, name
 
 
-@pytest.mark.parametrize("changes", [{"mlp_dim": 132}, {"overlap": True}])
+@pytest.mark.parametrize("changes", [{"mlp_dim": 132}, {"overlap": "rings"}])
 def test_rows_that_cannot_be_divided_and_rings_have_columns_split_over_data(changes: dict, mesh: MeshFactory) -> None:
     """132 rows over 2 x 4 devices."""
     with mesh(1, 4, 2):

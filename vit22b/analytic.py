@@ -160,7 +160,7 @@ class Layer:
             return self.tokens * self.inner()
         weights = self.item * self.matrices / self.model  # cast, and gathered over 'data'
         # Rings keep their shard of what they gather, and gather again.
-        read = self.item * (self.stream if config.overlap else self.whole)
+        read = self.item * (self.stream if config.overlap == "rings" else self.whole)
         normed = self.sums * (self.norm_saves * self.stream + read)
         attention = (self.norm_saves * self.qk_norms + 4 * self.item) * self.heads + (4 + self.item) * self.scores
         mlp = ACTIVATION_SAVES[config.mlp] * self.item * self.hidden
@@ -204,7 +204,8 @@ def _compute(recipe: Recipe, chip: Chip, layer: Layer, state: dict[str, int]) ->
     between = layer.sums * 2 * layer.stream + 2 * layer.qk_norms * layer.heads + (layer.gates + 1) * layer.hidden
     between += layer.sums * 2 * layer.stream + 2 * layer.stream + 4 * layer.scores
     moved = layer.tokens * layer.item * between * (3 if config.remat == "none" else 4)
-    if config.overlap and not is_tpu(chip):  # each chunk's product is added to those before; TPUs' matmuls do that
+    # Each chunk's product is added to those before; TPUs' matmuls do that.
+    if config.overlap == "rings" and not is_tpu(chip):
         wide, narrow = 3 * layer.heads + layer.gates * layer.hidden, layer.heads + layer.hidden
         sums = (1 if config.remat == "none" else 2) * wide + narrow + 2 * layer.sums * layer.stream
         moved += 3 * (layer.model - 1) * layer.tokens * layer.item * sums
@@ -255,7 +256,7 @@ def _communication(recipe: Recipe, chip: Chip, layer: Layer, devices_per_node: i
 
     stream = layer.item * layer.tokens * layer.whole
     weights = layer.item * layer.matrices / layer.model
-    if config.overlap:
+    if config.overlap == "rings":
         # Per sum into the stream: in and out; once more recomputed; backward in again for the kernels' gradients,
         # the output's gradient in, the input's out.
         add("collective-permute", "model", layer.sums * (5 + again), stream, hidden=True)
@@ -263,10 +264,10 @@ def _communication(recipe: Recipe, chip: Chip, layer: Layer, devices_per_node: i
         rings = 2 * layer.sums
         add("collective-permute", "data", rings * (2 + again), weights / rings, hidden=True)
     else:
-        inputs, outputs = 3 + layer.gates, 2
-        add("all-gather", "model", layer.sums * (2 + again), stream, hidden=False)
+        inputs, outputs, beside = 3 + layer.gates, 2, config.overlap == "halves"
+        add("all-gather", "model", layer.sums * (2 + again), stream, hidden=beside)
         # What branches add to the stream, and the gradients through all that read it, are summed together.
-        add("reduce-scatter", "model", 2 * layer.sums, stream, hidden=False)
+        add("reduce-scatter", "model", 2 * layer.sums, stream, hidden=beside)
         kernels = inputs + outputs
         add("all-gather", "data", kernels * (1 + again), weights / kernels, hidden=True)
         add("reduce-scatter", "data", kernels, weights / kernels, hidden=True)
@@ -277,7 +278,7 @@ def _communication(recipe: Recipe, chip: Chip, layer: Layer, devices_per_node: i
     add("all-gather", "data", kernels, head / kernels, hidden=True, per_layer=False)
     add("reduce-scatter", "data", kernels, head / kernels, hidden=True, per_layer=False)
     shard = layer.matrices / (layer.data * layer.model)
-    if config.overlap:  # one sum in fp32 behind the backward pass
+    if config.overlap == "rings":  # one sum in fp32 behind the backward pass
         add("all-reduce", "replica", 1, 4 * depth * shard, hidden=False, per_layer=False)
     else:
         add("all-reduce", "replica", 1, layer.item * shard, hidden=False)
@@ -305,7 +306,7 @@ def bandwidth(chip: Chip, shape: tuple[int, int, int], axis: str, devices_per_no
 
 def _state_memory(recipe: Recipe, shape: tuple[int, int, int]) -> dict[str, int]:
     """`memory.state_memory`, whose trace takes a tenth of a second, by no more than it depends on."""
-    model = dataclasses.replace(recipe.model, remat="none", overlap=False, scan_unroll=1, attention="xla")
+    model = dataclasses.replace(recipe.model, remat="none", overlap="none", scan_unroll=1, attention="xla")
     optim = recipe.optim
     return _cached_state_memory(model, optim.name, optim.momentum_dtype, optim.ema_decay > 0, shape[1:])
 

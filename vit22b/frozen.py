@@ -31,7 +31,7 @@ def frozen_config(trained: ModelConfig, matmul: str) -> ModelConfig:
         attention="auto",
         kernels="auto",
         remat="none",
-        overlap=False,
+        overlap="none",
         stochastic_depth=0.0,
         scan_unroll=trained.depth,
     )

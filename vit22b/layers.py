@@ -8,6 +8,7 @@ matmuls read and write; norms and softmax compute in fp32.
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,16 +73,19 @@ class Norm(nnx.Module):
         if not self._kernels_apply(x):
             return x, [reshard(self(x), spec)] * count
         own, config = jax.typeof(x).sharding.spec, self.config
-        # With several devices on 'model' the readers' gradients have been added when they arrive.
-        separate = count if get_abstract_mesh().shape["model"] == 1 else 1
+        # With several devices on 'model' readers' gradients are added before they come here; else `spec` and `own` mean
+        # the same.
+        alone = get_abstract_mesh().shape["model"] == 1
+        slot_specs = [spec] * count if alone else [own]
         branch_off = functools.partial(
-            norms.branch_off, centred=config.norm == "layer", epsilon=config.norm_epsilon, count=separate
+            norms.branch_off, centred=config.norm == "layer", epsilon=config.norm_epsilon, count=len(slot_specs)
         )
-        specs = (own, own, [own] * separate)
-        run = jax.shard_map(branch_off, in_specs=(own, P(), P()), out_specs=specs, check_vma=False)
+        run = jax.shard_map(branch_off, in_specs=(own, P(), P()), out_specs=(own, own, slot_specs), check_vma=False)
         x, y, slots = run(x, *self._vectors())
-        taken = [reshard(norms.take(y, slot), spec) for slot in slots]
-        return x, taken * (count // separate)
+        if alone:
+            y = reshard(y, spec)
+            return x, [norms.take(y, slot) for slot in slots]
+        return x, [reshard(norms.take(y, *slots), spec)] * count
 
     def length(self) -> jax.Array:
         """What no row of the norm exceeds in length, fp32: without scale and bias it is the root of its size."""
@@ -100,7 +104,7 @@ class Norm(nnx.Module):
 class Branch(nnx.Module):
     """What attention and MLP share, seen from a block: kernels in, something in between, a kernel out.
 
-    The matmuls themselves are `apply_branches`'s, which does those of several branches together.
+    The matmuls themselves are `Sublayer`'s, which does those of several branches together.
     """
 
     region: str  # name of its scope, by which profiles are read
@@ -310,40 +314,78 @@ class MLP(Branch):
         return fp8.mlp(x_BTD, length, self.up[...], bias, self.scaled(self.out), self.config.mlp, pallas)
 
 
-def apply_branches(
-    norm: Norm, branches: list[Branch], x_BTD: jax.Array, rope: tuple[jax.Array, jax.Array] | None, config: ModelConfig
-) -> tuple[jax.Array, jax.Array]:
-    """The residual stream (B, T, D), and what the branches, reading one norm of it, add to it."""
-    narrow, pallas = config.matmul == "fp8", wants_kernels(config)
-    fused = [branch for branch in branches if narrow and branch.fits_fp8]
-    others = [branch for branch in branches if not (narrow and branch.fits_fp8)]
-    inputs = [(w, branch.region) for branch in others for w in branch.inputs]
-    # Where all kernels read one array together, in rings or rounded to fp8 for all at once, it has one reader.
-    together = min(len(inputs), 1) if narrow or config.overlap else len(inputs)
-    with jax.named_scope("norm"):
-        x_BTD, normed = norm.branch_off(x_BTD, together + len(fused), read_as(config))
-        length = norm.length()  # unused, and not computed, but for fp8
-    outputs = []
-    if others:
-        regions = [region for _, region in inputs]
-        ys = column_parallel(normed[:together], [w for w, _ in inputs], regions, config, length, pallas)
-        hidden = []
-        for branch in others:
-            count = len(branch.inputs)
+class Sublayer(NamedTuple):
+    """Branches that read one norm of the residual stream (B, T, D) and add to it.
+
+    In three stages, between which other work can go on: only `read` and `add` communicate over 'model'.
+    """
+
+    norm: Norm
+    branches: list[Branch]
+    config: ModelConfig
+    rope: tuple[jax.Array, jax.Array] | None = None
+    keep_B11: jax.Array | None = None  # multiplies what is added: stochastic depth
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x_BTD, normed = self.read(x_BTD)
+        return self.add(x_BTD, self.compute(normed))
+
+    def read(self, x_BTD: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """The stream, and its norm as kernels read it: one for each, or for all."""
+        # Where all kernels read one array together, it has one reader.
+        others = sum(len(branch.inputs) for branch in self._others)
+        together = min(others, 1) if self._narrow or self.config.overlap != "none" else others
+        with jax.named_scope("norm"):
+            return self.norm.branch_off(x_BTD, together + len(self._fused), read_as(self.config))
+
+    def compute(self, normed: list[jax.Array]) -> jax.Array:
+        """What the branches add, but for biases: (B, T, D), perhaps each device's part of a sum; see `linear.PARTS`."""
+        config, pallas, outputs = self.config, wants_kernels(self.config), []
+        together = len(normed) - len(self._fused)
+        with jax.named_scope("norm"):
+            length = self.norm.length()  # unused, and not computed, but for fp8
+        if self._others:
+            inputs = [(w, branch.region) for branch in self._others for w in branch.inputs]
+            regions = [region for _, region in inputs]
+            ys = column_parallel(normed[:together], [w for w, _ in inputs], regions, config, length, pallas)
+            hidden = []
+            for branch in self._others:
+                count = len(branch.inputs)
+                with jax.named_scope(branch.region):
+                    hidden.append(branch.hidden(ys[:count], self.rope))
+                ys = ys[count:]
+            outward = [branch.scaled(branch.out) for branch in self._others]
+            regions = [branch.region for branch in self._others]
+            outputs.append(row_parallel(hidden, outward, regions, config, pallas))
+        for branch, read_BTD in zip(self._fused, normed[together:], strict=True):
             with jax.named_scope(branch.region):
-                hidden.append(branch.hidden(ys[:count], rope))
-            ys = ys[count:]
-        outward, regions = [branch.scaled(branch.out) for branch in others], [branch.region for branch in others]
-        outputs.append(row_parallel(hidden, outward, regions, config, pallas, jax.typeof(x_BTD).sharding.spec))
-    for branch, read_BTD in zip(fused, normed[together:], strict=True):
-        with jax.named_scope(branch.region):
-            outputs.append(branch.in_fp8(read_BTD, length))
-    out_BTD = functools.reduce(jnp.add, outputs)
-    for branch in branches:
-        if branch.out_bias is not None:
-            with jax.named_scope(branch.region):
-                out_BTD = out_BTD + branch.scaled(branch.out_bias).astype(out_BTD.dtype)
-    return x_BTD, out_BTD
+                outputs.append(branch.in_fp8(read_BTD, length))
+        return functools.reduce(jnp.add, outputs)
+
+    def add(self, x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
+        """The stream with what `compute` gave added to it."""
+        y_BTD = reshard(y_BTD, jax.typeof(x_BTD).sharding.spec)
+        for branch in self.branches:
+            if branch.out_bias is not None:
+                with jax.named_scope(branch.region):
+                    y_BTD = y_BTD + branch.scaled(branch.out_bias).astype(y_BTD.dtype)
+        x_BTD = x_BTD + (y_BTD if self.keep_B11 is None else y_BTD * self.keep_B11)
+        if jax.default_backend() != "gpu":
+            return x_BTD
+        # Left to itself XLA for GPUs lays the stream out with the batch last; every norm and matmul transposes it.
+        return with_layout_constraint(x_BTD, Layout((0, 1, 2)))
+
+    @property
+    def _narrow(self) -> bool:
+        return self.config.matmul == "fp8"
+
+    @property
+    def _fused(self) -> list[Branch]:
+        return [branch for branch in self.branches if self._narrow and branch.fits_fp8]
+
+    @property
+    def _others(self) -> list[Branch]:
+        return [branch for branch in self.branches if not (self._narrow and branch.fits_fp8)]
 
 
 def hidden_bias(bias: nnx.Param | None, size: int) -> jax.Array:
@@ -354,12 +396,3 @@ def hidden_bias(bias: nnx.Param | None, size: int) -> jax.Array:
 def add_bias(y: jax.Array, bias: nnx.Param | None) -> jax.Array:
     """y plus a bias over its last dim, in y's dtype; None adds nothing."""
     return y if bias is None else y + bias[...].astype(y.dtype)
-
-
-def add_residual(x_BTD: jax.Array, y_BTD: jax.Array) -> jax.Array:
-    """The residual stream with a layer's part added."""
-    x_BTD = x_BTD + y_BTD
-    if jax.default_backend() != "gpu":
-        return x_BTD
-    # Left to itself XLA for GPUs lays the stream out with the batch last, and every norm and matmul transposes it.
-    return with_layout_constraint(x_BTD, Layout((0, 1, 2)))

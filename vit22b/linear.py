@@ -3,7 +3,7 @@
 Between blocks activations lie as `residual` says, inside as HIDDEN. A kernel is split over 'model' for tensor
 parallelism and over 'data', over which it is gathered for use (FSDP), in the dtype of its input.
 
-Communication is XLA's, or, with `overlap`, in rings beside the matmuls (vit22b/ring.py). Letters as in layers.py.
+Communication is XLA's, or in rings beside the matmuls (vit22b/ring.py), as `overlap` says. Letters as in layers.py.
 """
 
 import functools
@@ -36,7 +36,7 @@ def kernel_out(rows: int, config: ModelConfig) -> P:
     width 6144 on two H200s. But rings gather columns.
     """
     sizes = get_abstract_mesh().shape
-    return KERNEL_OUT_2D if config.overlap or rows % (sizes["model"] * sizes["data"]) else KERNEL_OUT
+    return KERNEL_OUT_2D if config.overlap == "rings" or rows % (sizes["model"] * sizes["data"]) else KERNEL_OUT
 
 
 def residual(batch: int, config: ModelConfig) -> P:
@@ -46,7 +46,7 @@ def residual(batch: int, config: ModelConfig) -> P:
     be divided: so norms find whole rows, and what is gathered and summed is in one piece.
     """
     sizes = get_abstract_mesh().shape
-    if config.matmul == "fp8" or config.overlap or batch % math.prod(sizes.values()):
+    if config.matmul == "fp8" or config.overlap == "rings" or batch % math.prod(sizes.values()):
         return RESIDUAL
     return BATCH if sizes["model"] == 1 else BY_IMAGE
 
@@ -55,7 +55,7 @@ def read_as(config: ModelConfig) -> P:
     """How `column_parallel` takes the stream: as it lies for rings and fp8; else whole, in a type whose gradients of
     several readers are added on each device before they are summed over 'model'.
     """
-    if config.matmul == "fp8" or config.overlap:
+    if config.matmul == "fp8" or config.overlap == "rings":
         return RESIDUAL
     in_groups = 1 < config.scan_unroll < config.depth
     if get_abstract_mesh().shape["model"] == 1 or (in_groups and not RESHAPES_REDUCED):
@@ -81,7 +81,7 @@ def column_parallel(
         assert length is not None
         return fp8.column(xs[0], length, [w[...] for w in kernels], tuple(regions), pallas)
     weights = [w[...].astype(xs[0].dtype) for w in kernels]
-    if config.overlap:
+    if config.overlap == "rings":
         return _column_rings(xs[0], weights)
     outputs = []
     for x_BTD, w, region in zip(xs if len(xs) > 1 else xs * len(weights), weights, regions, strict=True):
@@ -91,22 +91,24 @@ def column_parallel(
 
 
 def row_parallel(
-    inputs: list[jax.Array], kernels: list[jax.Array], regions: list[str], config: ModelConfig, pallas: bool, spec: P
+    inputs: list[jax.Array], kernels: list[jax.Array], regions: list[str], config: ModelConfig, pallas: bool
 ) -> jax.Array:
-    """The sum over pairs of `x @ kernel`, (B, T, K) @ (K, D) with K split over 'model': (B, T, D) as `spec`, which is
-    RESIDUAL for fp8 and rings.
+    """The sum over pairs of `x @ kernel`, (B, T, K) @ (K, D) with K split over 'model': (B, T, D) as `residual` says
+    or as PARTS.
     """
     if config.matmul == "fp8":
         return fp8.row(inputs, kernels, tuple(regions), pallas)
     weights = [w.astype(x.dtype) for x, w in zip(inputs, kernels, strict=True)]
-    if config.overlap:
+    if config.overlap == "rings":
         return _row_rings(inputs, weights)
-    product = PARTS if len(inputs) > 1 else spec  # one product may be what remat=dots keeps: not the whole
+    # One product may be what remat=dots keeps: not the whole stream on each device.
+    in_parts = len(inputs) > 1 or config.overlap == "halves"
+    spec = PARTS if in_parts else residual(inputs[0].shape[0], config)
     outputs = []
     for x, w, region in zip(inputs, weights, regions, strict=True):
         with jax.named_scope(region):
-            outputs.append(matmul("btk,kd->btd", x, reshard(w, ROW), product))
-    return reshard(functools.reduce(jnp.add, outputs), spec)
+            outputs.append(matmul("btk,kd->btd", x, reshard(w, ROW), spec))
+    return functools.reduce(jnp.add, outputs)
 
 
 def sum_replicas_later(blocks):

@@ -16,13 +16,13 @@ from jax.sharding import PartitionSpec as P
 from jax.sharding import reshard
 
 from vit22b import init
+from vit22b.halves import Halves, split, take_turns
 from vit22b.layers import (
     MLP,
     Attention,
     Norm,
+    Sublayer,
     add_bias,
-    add_residual,
-    apply_branches,
     rope_angles,
     vector,
 )
@@ -65,15 +65,18 @@ class Block(nnx.Module):
         """How often a layer adds to the residual stream."""
         return 1 if self.mlp_norm is None else 2
 
+    def sublayers(self, rope: tuple | None, keep_SB11: jax.Array | None) -> list[Sublayer]:
+        """What takes (B, T, D) through the layer. `keep_SB11` multiplies what each of S adds: stochastic depth."""
+        norms, branches = [self.norm], [[self.attention, self.mlp]]
+        if self.mlp_norm is not None:
+            norms, branches = [self.norm, self.mlp_norm], [[self.attention], [self.mlp]]
+        keeps = [None] * len(norms) if keep_SB11 is None else list(keep_SB11)
+        return [Sublayer(n, b, self.config, rope, k) for n, b, k in zip(norms, branches, keeps, strict=True)]
+
     def __call__(self, x_BTD: jax.Array, rope: tuple | None, keep_SB11: jax.Array | None) -> jax.Array:
-        """(B, T, D) to (B, T, D). `keep_SB11` multiplies what each of S sums adds: stochastic depth."""
-        if self.mlp_norm is None:
-            steps = [(self.norm, [self.attention, self.mlp])]
-        else:
-            steps = [(self.norm, [self.attention]), (self.mlp_norm, [self.mlp])]
-        for i, (norm, branches) in enumerate(steps):
-            x_BTD, y_BTD = apply_branches(norm, branches, x_BTD, rope, self.config)
-            x_BTD = add_residual(x_BTD, y_BTD if keep_SB11 is None else y_BTD * keep_SB11[i])
+        """(B, T, D) to (B, T, D)."""
+        for sublayer in self.sublayers(rope, keep_SB11):
+            x_BTD = sublayer(x_BTD)
         return x_BTD
 
 
@@ -84,7 +87,7 @@ class MAPHead(nnx.Module):
         probe_key, attention_key, mlp_key = jax.random.split(key, 3)
         # Once a step: not worth rings, nor the rounding of fp8.
         matmul = "bf16" if config.matmul == "fp8" else config.matmul
-        self.config = dataclasses.replace(config, overlap=False, matmul=matmul)
+        self.config = dataclasses.replace(config, overlap="none", matmul=matmul)
         self.probe = nnx.Param(init.xavier(probe_key, (1, config.width), P()))
         # The probe attends to tokens, not tokens to one another: mimetic initialization says nothing about that.
         config = dataclasses.replace(config, init="xavier" if config.init == "mimetic" else config.init)
@@ -104,11 +107,9 @@ class MAPHead(nnx.Module):
         )
         with jax.named_scope(region):
             hidden = attention.hidden(projected, rope=None)
-        spec = residual(x_BTD.shape[0], self.config)
-        y_B1D = row_parallel([hidden], [attention.out[...]], [region], self.config, False, spec)
+        y_B1D = row_parallel([hidden], [attention.out[...]], [region], self.config, False)
         y_B1D = add_bias(y_B1D, attention.out_bias)
-        y_B1D, more_B1D = apply_branches(self.norm, [self.mlp], y_B1D, None, self.config)
-        return (y_B1D + more_B1D)[:, 0]
+        return Sublayer(self.norm, [self.mlp], self.config)(y_B1D)[:, 0]
 
 
 class ViT(nnx.Module):
@@ -209,30 +210,40 @@ class ViT(nnx.Module):
         slots = jnp.array([layers.index(i) if i in layers else len(layers) for i in range(depth)])
         kept = jnp.stack([jnp.zeros_like(x_BTD)] * (len(layers) + 1)) if layers else None
 
+        # Where each layer is a program of its own, or its output is asked for, nothing waits for the next one.
+        settles = not config.unrolled or config.remat != "none" or bool(layers)
+
         def layer(carry, inputs):
-            x_BTD, kept = carry
+            x, kept = carry
             block, rate, slot, layer_key = inputs
             keep_SB11 = None
             if layer_key is not None:
                 shape, spec = (block.num_sums, x_BTD.shape[0], 1, 1), P(None, jax.typeof(x_BTD).sharding.spec[0])
                 keep_SB11 = jax.random.bernoulli(layer_key, 1 - rate, shape, out_sharding=spec).astype(jnp.float32)
                 keep_SB11 = (keep_SB11 / (1 - rate)).astype(x_BTD.dtype)
-            x_BTD = block(x_BTD, rope, keep_SB11)
+            if isinstance(x, Halves):
+                keeps = [None] * 2 if keep_SB11 is None else split(keep_SB11, 1)
+                x.through(*(block.sublayers(rope, keep) for keep in keeps))
+                if settles:
+                    x.settle()
+            else:
+                x = block(x, rope, keep_SB11)
             if kept is not None:
-                kept = jax.lax.dynamic_update_index_in_dim(kept, x_BTD, slot, 0)
-            return (x_BTD, kept), None
+                kept = jax.lax.dynamic_update_index_in_dim(kept, x.joined() if isinstance(x, Halves) else x, slot, 0)
+            return (x, kept), None
 
         if config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[config.remat], prevent_cse=config.unrolled)
-        blocks = sum_replicas_later(self.blocks) if config.overlap else self.blocks
-        carry, inputs = (x_BTD, kept), (blocks, rates, slots, keys)
+        blocks = sum_replicas_later(self.blocks) if config.overlap == "rings" else self.blocks
+        x = Halves(split(x_BTD)) if take_turns(config, x_BTD.shape[0]) else x_BTD
+        carry, inputs = (x, kept), (blocks, rates, slots, keys)
         if config.unrolled:
             for each in unstack(inputs, depth):
                 carry, _ = layer(carry, each)
         else:
             carry, _ = jax.lax.scan(layer, carry, inputs, unroll=config.scan_unroll)
-        x_BTD, kept = carry
-        return x_BTD, None if kept is None else kept[:-1]
+        x, kept = carry
+        return x.joined() if isinstance(x, Halves) else x, None if kept is None else kept[:-1]
 
     def pool(self, tokens_BTD: jax.Array) -> jax.Array:
         """(B, T, D) to (B, D) by `config.pool`; (B, 2D) where that is two."""

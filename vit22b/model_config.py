@@ -50,8 +50,9 @@ class ModelConfig:
     # 'bf16', 'fp32', or 'fp8': bf16, but 8-bit floats in the blocks' linear layers, which rounds much more; see
     # vit22b/fp8.py. Parameters, norms, softmax, logits are always fp32.
     matmul: str = "bf16"
-    # Communication over 'data' and 'model' in rings beside the matmuls, or as XLA arranges it; see vit22b/ring.py.
-    overlap: bool = False
+    # Communication beside matmuls: 'none' but what XLA arranges; 'rings' over 'data' and 'model' (vit22b/ring.py), for
+    # TPUs; 'halves' of the batch in turns, over 'model' (vit22b/halves.py), for GPUs.
+    overlap: str = "none"
     attention: str = "auto"  # 'xla', 'cudnn', 'pallas'; 'auto': the last of these that applies
     kernels: str = "auto"  # of norms and activations: 'pallas' (vit22b/kernels), 'xla', 'auto': pallas on a GPU
     remat: str = "none"  # recomputed in the backward pass: 'none', 'full', 'dots', 'attention'; see model.REMAT
@@ -120,6 +121,7 @@ class ModelConfig:
         check_choice("model.remat", self.remat, ("none", "full", "dots", "attention"))
         check_choice("model.matmul", self.matmul, ("bf16", "fp32", "fp8"))
         check_choice("model.attention", self.attention, ("auto", "xla", "cudnn", "pallas"))
+        check_choice("model.overlap", self.overlap, ("none", "rings", "halves"))
         check_choice("model.kernels", self.kernels, ("auto", "xla", "pallas"))
         check(
             self.width % self.num_heads == 0,
@@ -147,16 +149,16 @@ class ModelConfig:
         )
         # The types of weights in rings are too new for JAX 0.10 to cut them up into several layers per iteration.
         check(
-            not self.overlap or self.scan_unroll == 1 or self.scan_unroll >= self.depth,
+            self.overlap != "rings" or self.scan_unroll == 1 or self.scan_unroll >= self.depth,
             "model.scan_unroll",
             self.scan_unroll,
-            f"with model.overlap=true must be 1, or model.depth={self.depth} and more",
+            f"with model.overlap='rings' must be 1, or model.depth={self.depth} and more",
         )
         check(
-            not self.overlap or self.remat != "dots",
+            self.overlap != "rings" or self.remat != "dots",
             "model.remat",
             "'dots'",
-            "saves nothing of matmuls in rings (model.overlap=true); choose one of none, full, attention",
+            "saves nothing of matmuls in rings (model.overlap='rings'); choose one of none, full, attention",
         )
         check(
             self.matmul != "fp32" or self.attention not in ("cudnn", "pallas"),
@@ -171,10 +173,10 @@ class ModelConfig:
             "needs model.matmul='bf16' or 'fp8'",
         )
         check(
-            self.matmul != "fp8" or not self.overlap,
+            self.matmul != "fp8" or self.overlap == "none",
             "model.overlap",
-            "true",
-            "not with model.matmul='fp8'; use model.overlap=false or model.matmul='bf16'",
+            repr(self.overlap),
+            "not with model.matmul='fp8'; use model.overlap=none or model.matmul='bf16'",
         )
 
 

@@ -81,8 +81,8 @@ def candidates(recipe: Recipe, num_devices: int) -> Iterator[tuple[Recipe, Shape
         except RecipeError:
             continue
         rings = data * model > 1 and data <= LONGEST_DATA_RING and model <= LONGEST_MODEL_RING
-        for remat, momentum, overlap in itertools.product(REMAT, ("fp32", "bf16"), (False, True)[: 1 + rings]):
-            if overlap and remat == "dots":  # refused
+        for remat, momentum, overlap in itertools.product(REMAT, ("fp32", "bf16"), ("none", "rings")[: 1 + rings]):
+            if overlap == "rings" and remat == "dots":  # refused
                 continue
             changed = dataclasses.replace(recipe.model, remat=remat, overlap=overlap)
             optim = dataclasses.replace(recipe.optim, momentum_dtype=momentum)
@@ -208,7 +208,7 @@ def _as_it_is(c: Candidate, own: Shape | None) -> bool:
     return dataclasses.replace(c.recipe, mesh=c.given.mesh) == c.given and c.shape == own
 
 
-def _way(c: Candidate) -> tuple[Shape, int, str, bool]:
+def _way(c: Candidate) -> tuple[Shape, int, str, str]:
     return c.shape, c.shape[2], c.recipe.model.remat, c.recipe.model.overlap
 
 

@@ -53,7 +53,9 @@ def check_divisibility(recipe: Recipe, shape: tuple[int, int, int]) -> None:
     replica, data, model = shape
     batch, shards = recipe.batch_size, replica * data * recipe.optim.accumulate_steps
     what = f"mesh.replica={replica} x mesh.data={data} x optim.accumulate_steps={recipe.optim.accumulate_steps}"
-    if recipe.data.mixup or recipe.data.cutmix:  # mixed in neighbouring pairs, which must share a device
+    if recipe.model.overlap == "halves" and model > 1:
+        shards, what = shards * 2 * model, what + f" x mesh.model={model} x 2 (model.overlap='halves')"
+    elif recipe.data.mixup or recipe.data.cutmix:  # mixed in neighbouring pairs, which must share a device
         shards, what = shards * 2, what + " x 2 (mixup and cutmix pair neighbours)"
     check(
         batch % shards == 0,

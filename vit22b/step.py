@@ -109,14 +109,17 @@ def trace_train_step(recipe: Recipe, state: TrainState) -> jax.stages.Traced:
 
 def compiler_options(recipe: Recipe) -> dict[str, bool | int | str]:
     """XLA's options for the train step on the devices in use, beside those in XLA_FLAGS."""
-    if jax.default_backend() != "gpu" or recipe.model.matmul != "fp8":
-        return {}
-    return {
+    options: dict[str, bool | int | str] = {}
+    if jax.default_backend() != "gpu":
+        return options
+    if recipe.model.matmul == "fp8":
         # XLA tries its Triton matmuls for each fp8 one: minutes of compilation, and cuBLASLt's were faster on an H200.
-        "xla_gpu_enable_triton_gemm": False,
-        # Nor does it join gradients of kernels that read the same activations, which it would first have to copy.
-        "xla_gpu_dot_merger_threshold_mb": 0,
-    }
+        options["xla_gpu_enable_triton_gemm"] = False
+    if recipe.model.matmul == "fp8" or recipe.model.overlap == "halves":
+        # XLA would join matmuls that read the same array: gradients of kernels, which it has to copy for that, and
+        # those of the two halves, which then could not take turns.
+        options["xla_gpu_dot_merger_threshold_mb"] = 0
+    return options
 
 
 def compile_train_step(recipe: Recipe, state: TrainState) -> jax.stages.Compiled:
