@@ -30,8 +30,9 @@ clock       median of a GPU's clock and power (nvidia-smi's average over a secon
 regions     shares of the time of 3 more steps under the profiler, on the first device, by the model's named scopes;
             backward included. embed; norm; attention (projections, query-key norm, softmax); mlp; head (pooling,
             classifier; the attention and the MLP of attention pooling count as such); loss; optimizer (clipping
-            included); input (normalisation, mixing); other: what no scope covers, such as residual sums;
-            communication: only where nothing else runs; idle: no kernel runs. A fused kernel counts for one region.
+            included); input (normalisation, mixing); teacher (all that a distilling run's teachers do); other: what no
+            scope covers, such as residual sums; communication: only where nothing else runs; idle: no kernel runs. A
+            fused kernel counts for one region.
             On GPUs these steps are compiled again without CUDA graphs, so idle is more than in the timed steps.
 kinds       the same time by kind: matmul (cuBLAS, Triton), attention (a fused kernel), elementwise (all else).
 

@@ -172,7 +172,8 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %fused_attention = f32[4]{0} custom-call(%word), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jit(train_step)/jvp(attention)/dot_product_attention"}
   %gathered = f32[8]{0} all-gather-start(%word), metadata={op_name="jit(train_step)/jvp(mlp)/all_gather"}
   %loop = f32[4]{0} while(%x), condition=%c1, body=%b1, metadata={op_name="jit(train_step)/jvp(mlp)/while"}
-  ROOT %bare = f32[4]{0} copy(%word)
+  %teaching = f32[4]{0} dot(%word, %x), metadata={op_name="jit(train_step)/teacher/mlp/btd,dk->btk/dot_general"}
+  ROOT %bare = f32[4]{0} copy(%teaching)
 }
 """  # noqa: E501
 
@@ -184,6 +185,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
         ("loop_add_fusion", "residual", "mlp", "elementwise"),  # own scopes unknown: the most frequent inside
         ("dot", "pooling", "attention", "matmul"),  # the innermost of head and attention
         ("loop_add", "backward", "mlp", "elementwise"),
+        ("dot", "teaching", "teacher", "matmul"),  # whichever part of a teacher
         ("loop_add", "muon", "optimizer", "elementwise"),  # a function called norm is no scope
         ("loop_add", "word", "other", "elementwise"),  # nor is what only begins like one
         ("cudnn_generated_fort_native_sdpa", "fused_attention", "attention", "attention"),

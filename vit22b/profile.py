@@ -16,8 +16,8 @@ import jax
 
 from vit22b import hlo
 
-# The scopes of layers.py, model.py and step.py.
-REGIONS = ("embed", "norm", "attention", "mlp", "head", "loss", "optimizer", "input")
+# The scopes of layers.py, model.py and step.py, and around a whole model in distill/teacher.py.
+REGIONS = ("embed", "norm", "attention", "mlp", "head", "loss", "optimizer", "input", "teacher")
 LONGEST = 40  # kernels that are listed
 CONTAINERS = ("while", "call", "conditional")  # what they run has events of its own
 MATMUL_KERNEL = re.compile(r"nvjet|gemm|cutlass|xmma|__cublas|__onednn", re.IGNORECASE)
@@ -117,14 +117,13 @@ def custom_call_target(i: hlo.Instruction | None) -> str:
 
 
 def innermost_scope(i: hlo.Instruction) -> str | None:
-    """The last of REGIONS among the scopes in an instruction's `op_name`, None where there is none.
-
-    Names of jitted functions are no scopes: a jitted function may be called `norm`.
+    """The last of REGIONS among the scopes in an instruction's `op_name`, None where there is none; within a teacher
+    that. Names of jitted functions are no scopes: a jitted function may be called `norm`.
     """
     found = re.search(r'op_name="([^"]*)"', i.attributes)
     path = re.sub(r"\bp?jit\([^()]*\)", "", found[1]) if found else ""
     scopes = [part for part in re.split(r"[/()]", path) if part in REGIONS]
-    return scopes[-1] if scopes else None
+    return "teacher" if "teacher" in scopes else scopes[-1] if scopes else None
 
 
 def time_shares(events: Iterable[Event], label: Callable[[Event], str]) -> dict[str, float]:
