@@ -73,7 +73,7 @@ def test_features_are_the_named_activations(mesh, final_norm):
     with mesh(data=2):
         model = make_model(config)
         images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
-        names = ("pooled", "cls", "mean", "cls@1", "mean@last2", "mean@2+cls@last3")
+        names = ("pooled", "cls", "mean", "cls@1", "mean@last2", "mean@2+cls@last3", "pixels", "pixels+cls")
         terms = {name: parse_feature(name, config) for name in names}
         found = {name: np.asarray(x) for name, x in see(model, place({"x": images})["x"], terms).items()}
         output = model(place({"x": images})["x"], layers=(0, 1, 2))
@@ -97,10 +97,12 @@ def test_features_are_the_named_activations(mesh, final_norm):
         "cls@1": cls(1),
         "mean@last2": np.concatenate([mean(2), mean(3)], axis=1),
         "mean@2+cls@last3": np.concatenate([mean(2), cls(1), cls(2), cls(3)], axis=1),
+        "pixels": images.reshape(4, -1),
+        "pixels+cls": np.concatenate([images.reshape(4, -1), cls(3)], axis=1),
     }
     for name in names:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
-        assert width(terms[name], config) == found[name].shape[1]
+        assert width(terms[name], config, 8) == found[name].shape[1]
     if final_norm == "pooled":  # the encoder's own pooling is the class token
         np.testing.assert_allclose(found["pooled"], found["cls"], rtol=1e-5, atol=1e-5)
 
@@ -110,6 +112,7 @@ def test_features_are_the_named_activations(mesh, final_norm):
     [
         ("max", "give pooled, cls, mean"),
         ("pooled@2", "give pooled, cls, mean"),
+        ("pixels@2", "or pixels"),
         ("cls+", "'' is none"),
         ("mean@4", "blocks 1 to 3"),
         ("mean@0", "blocks 1 to 3"),

@@ -32,7 +32,7 @@ class Encoder:
 
     @property
     def widths(self) -> dict[str, int]:
-        return {name: width(terms, self.config) for name, terms in self.terms.items()}
+        return {name: width(terms, self.config, self.recipe.model.image_size) for name, terms in self.terms.items()}
 
     @functools.cached_property
     def see(self):
