@@ -106,7 +106,12 @@ def save(
         write_npz(path, shapes, value)
     else:
         if data is not None:
-            description["pretrained_cfg"] = {"mean": list(data["mean"]), "std": list(data["std"])}
+            description["pretrained_cfg"] = {
+                "mean": list(data["mean"]),
+                "std": list(data["std"]),
+                "crop_pct": data["eval_crop_fraction"],
+                "crop_mode": "squash" if data.get("eval_resize") == "square" else "center",
+            }
         write_safetensors(path, shapes, value, metadata)
         write_json(path.with_suffix(".json"), description)
     return layout
