@@ -80,7 +80,8 @@ def grid(method: MethodResult) -> "Figure | None":
     """Top-1 over the two settings with the most values, with axes of their own for each choice of the others."""
     from matplotlib.patches import Rectangle
 
-    values = {name: list(dict.fromkeys(t.settings[name] for t in method.trials)) for name in method.best.settings}
+    names = [name for name in method.best.settings if name != "steps"]  # which follow from the epochs
+    values = {name: list(dict.fromkeys(t.settings[name] for t in method.trials)) for name in names}
     varying = sorted((name for name in values if len(values[name]) > 1), key=lambda name: -len(values[name]))
     if not varying:
         return None
