@@ -411,7 +411,7 @@ def test_which_gelu_a_bare_file_with_attention_pooling_has_is_asked_for() -> Non
         ({}, {"pretrained_cfg": {"crop_mode": "center"}}, {"eval_crop_fraction": 0.875}),
         ({}, {}, {}),
     ],
-    ids=["crop", "resize", "int", "default", "squeezed", "short", "open", "naflex", "timm", "squash", "crop-mode", "none"],
+    ids=["crop", "both", "int", "bare", "squeezed", "short", "open", "naflex", "timm", "squash", "crop-mode", "none"],
 )  # fmt: skip
 def test_preprocessing_is_that_of_the_description(processor: dict, info: dict, expected: dict, tmp_path: Path) -> None:
     if processor:

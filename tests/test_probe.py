@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks import probe_speed
+from distill import convert
 from launch import probe
 from recipes import smoke
 from vit22b.config import DataConfig, Recipe
@@ -248,6 +249,27 @@ def test_an_untrained_model_is_that_of_its_recipe(tmp_path, mesh):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # compiled in another way
     with pytest.raises(RecipeError, match="there is no recipe nowhere"):
         probe.load("random:nowhere.py", "fp32", {})
+
+
+def test_how_images_are_made_is_asked_for_where_no_file_tells(encoder, tmp_path, mesh):
+    """As of weights of big_vision; and what is given wins over a recipe."""
+    shape = {"width": 32, "depth": 1, "mlp_dim": 64, "num_heads": 2, "num_classes": 7, "image_size": 8, "patch_size": 4}
+    biases = {"norm_bias": True, "qkv_bias": True, "proj_bias": True}
+    config = ModelConfig(**shape, **biases, block="sequential", norm="layer", qk_norm="none", matmul="fp32")
+    flags = ["--model=m", "--train=t", "--val=v", "--mean=0.5,0.4,0.3", "--std=1,1,1", "--eval_crop_fraction=0.9"]
+    given = {name: getattr(probe.parse(flags), name) for name in ("mean", "std", "eval_crop_fraction")}
+    name = f"npz:{tmp_path / 'm.npz'}"
+    with mesh():
+        convert.save(jax.jit(lambda: ViT(config, jax.random.key(0)))(), "npz", tmp_path / "m.npz")
+        for known in ({}, {"mean": (0.5, 0.5, 0.5)}):
+            with pytest.raises(RecipeError) as error:
+                probe.load(name, "fp32", known)
+            assert str(error.value).startswith(f"--model={name}: no file tells how images are made; give it, as in --")
+            for flag in given:
+                assert (f" --{flag}=" in str(error.value)) == (flag not in known)
+        for model in (name, str(encoder)):
+            data = probe.load(model, "fp32", given)[1]
+            assert (data.mean, data.std, data.eval_crop_fraction) == ((0.5, 0.4, 0.3), (1, 1, 1), 0.9)
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,8 @@ def methods(
     steps = sgd.num_steps(min(config.epochs), count, config.batch_size)
     if "sgd" in config.methods and steps < FEW_STEPS:
         remark(
-            f"sgd: {steps} steps at --epochs={min(config.epochs)} and --batch_size={config.batch_size} on {count:,} "
-            "images are few; more epochs or a smaller batch give more"
+            f"sgd: few steps, {steps} at --epochs={min(config.epochs)} and --batch_size={config.batch_size} "
+            f"on {count:,} images; more epochs or a smaller batch make more"
         )
 
     def train_sgd(settings: dict[str, object] | None, features: Features, rows: np.ndarray) -> list[Heads]:

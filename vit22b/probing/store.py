@@ -99,6 +99,7 @@ def extract(
 ) -> Features:
     """The features of every image of `source`, unaugmented: from `folder`, where what is missing is added first.
 
+    `folder` is WORKDIR/features/FEATURES/SET.
     `see` makes a batch's features, by name, of uint8 images; `recipe` says how these are made and how many at a time.
     `identity` is what the features depend on: raises `RecipeError` where `folder` has those of something else.
     """
@@ -109,18 +110,18 @@ def extract(
     path = folder / MANIFEST
     if path.exists():
         manifest = read_manifest(path)
-        what = f"--workdir={folder.parent.parent}: its features of {folder.name} have"
+        what = f"--workdir={folder.parents[2]}: its features of {folder.name} have"
         check_same(manifest["identity"], identity, what, f"give another --workdir, or remove {folder}")
         begun = Layout(**manifest["layout"])
         if _first_missing(folder, begun) < begun.chunks and begun != layout:
             raise RecipeError(
-                f"--workdir={folder.parent.parent}: {folder.name} was begun by {begun.processes} processes, "
+                f"--workdir={folder.parents[2]}: {folder.name} was begun by {begun.processes} processes, "
                 f"{begun.batch_size} images at a time; go on with as many, or remove {folder}"
             )
         layout = begun
     else:
         if folder.exists() and any(each.suffix != ".tmp" for each in folder.iterdir()):
-            raise RecipeError(f"--workdir={folder.parent.parent}: {folder} holds files but no {MANIFEST}; remove it")
+            raise RecipeError(f"--workdir={folder.parents[2]}: {folder} holds files but no {MANIFEST}; remove it")
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_json(path, {"identity": identity, "layout": dataclasses.asdict(layout)})
