@@ -43,7 +43,7 @@ from vit22b.memory import check_parameter_memory
 from vit22b.model import ViT, abstract_model
 from vit22b.probing.config import ProbeConfig, protocol_fields, typed
 from vit22b.probing.encoder import encoder_of
-from vit22b.probing.run import probe
+from vit22b.probing.run import note, probe
 
 # What cannot be guessed of a model's images; the examples are what big_vision does for most of its models.
 PREPROCESSING_ASKED = {"mean": "0.5,0.5,0.5", "std": "0.5,0.5,0.5", "eval_crop_fraction": "0.875"}
@@ -86,7 +86,7 @@ def run(config: ProbeConfig) -> None:
     with jax.set_mesh(sharding.make_mesh(shape, devices)):
         given = {name: getattr(config, name) for name in weights.PREPROCESSING if getattr(config, name)}
         model, data = load(config.model, config.dtype, given)
-        print(f"{config.model}: width {model.config.width}, depth {model.config.depth}; results go to {workdir}")
+        note(f"{config.model}: width {model.config.width}, depth {model.config.depth}; results go to {workdir}")
         probe(encoder_of(model, data, config), config, workdir)
 
 

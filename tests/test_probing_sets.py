@@ -132,6 +132,9 @@ def test_a_set_of_numbers_alone_needs_as_many_classes(tmp_path):
     spec = make_npz(tmp_path / "b.npz", [0, 1], 1)
     with pytest.raises(RecipeError, match="has 2 classes, the training set 3; say which are which by classes=FILE"):
         open_further(f"x={spec}", source, 8, 3)
+    folder = make_folder(tmp_path / "c", ("0", "1", "2", "3"))
+    with pytest.raises(RecipeError, match="has 4 classes, the training set 3; say which are which by classes=FILE"):
+        open_further(f"x={folder}", source, 8, 3)
 
 
 def test_the_very_set_is_refused_but_not_another_of_the_same_names(tmp_path):

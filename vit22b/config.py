@@ -99,7 +99,7 @@ class DataConfig:
     crop: str = "inception"  # 'inception' [Szegedy 2015]; 'resize'; 'shift': pad by 1/8, crop at random
     min_area: float = 0.05  # inception crop: smallest part of the image's area
     eval_crop_fraction: float = 0.875  # evaluation resizes to image_size / this, then crops the centre
-    eval_resize: str = "short_side"  # which gets that size, before the crop; 'square': both, whatever the aspect
+    eval_resize: str = "short_side"  # to which that applies, keeping the aspect; 'square': to both sides
     flip: bool = True
     augment: str = "none"  # 'none', 'randaugment' [Cubuk 2020], 'three_augment' [Touvron 2022]
     randaugment_layers: int = 2

@@ -256,7 +256,7 @@ def write(
     if jax.process_index() > 0:
         return
     sets = [result.train, result.validation, *(each.images for each in result.further)]
-    inputs = [result.settings, result.model_hash, [dataclasses.asdict(each) for each in sets]]
+    inputs = [result.settings, result.model_hash, result.preprocessing, [dataclasses.asdict(each) for each in sets]]
     told = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]
     folder = workdir / f"{result.protocol}-{told}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -266,11 +266,11 @@ def write(
         np.savez(
             folder / "head.npz", feature=head.feature, kernel=np.asarray(head.kernel[0]), bias=np.asarray(head.bias[0])
         )
-    print(printable(table(result)))
+    note(table(result))
     write_page(folder / "report.html", result, confused, class_names)
-    print(f"written: {folder}")
+    note(f"written: {folder}")
 
 
 def note(text: str) -> None:
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print(printable(text), flush=True)

@@ -54,8 +54,9 @@ def open_further(text: str, train: Source, image_size: int, num_classes: int) ->
     if not options:
         remedy = "say which are which by classes=FILE"
         source = alike(source, train, remedy)
-        found = f"has {source.num_classes} classes, the training set {num_classes}; {remedy}"
-        check(bool(source.class_names) or source.num_classes == num_classes, "--also", text, found)
+        # Of folders some classes may be missing; of numbers alone, fewer would mean others.
+        ok = source.num_classes == num_classes or (bool(source.class_names) and source.num_classes < num_classes)
+        check(ok, "--also", text, f"has {source.num_classes} classes, the training set {num_classes}; {remedy}")
         return FurtherSource(name, source, same_classes(num_classes))
     kind, _, path = options[0].partition("=")
     ok = kind in ("labels", "classes") and bool(path)
