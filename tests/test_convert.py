@@ -419,6 +419,23 @@ def test_preprocessing_is_that_of_the_description(processor: dict, info: dict, e
     assert weights.preprocessing(tmp_path, info) == expected
 
 
+@pytest.mark.parametrize("fraction", [0.875, 1.0])
+@pytest.mark.parametrize("resize", ["square", "short_side"])
+@pytest.mark.parametrize("library", ["hf", "timm"])
+def test_preprocessing_is_read_as_it_was_written(
+    fraction: float, resize: str, library: str, tmp_path: Path, mesh: MeshFactory
+) -> None:
+    data = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "eval_crop_fraction": fraction, "eval_resize": resize}
+    path = tmp_path / ("model" if library == "hf" else "model.safetensors")
+    with mesh():
+        layout = "hf-vit" if library == "hf" else "timm-vit"
+        model = random_model(config_of(EXPRESSIBLE[layout][0]))  # of 32 pixels, which are cut out of 37
+        convert.save(model, library, path, data)
+        found = weights.open_source(f"{library}:{path}").preprocessing
+    assert round(32 / found.pop("eval_crop_fraction")) == round(32 / data.pop("eval_crop_fraction"))
+    assert {"eval_resize": "short_side"} | found == data
+
+
 def test_a_run_is_written_with_its_moving_average(mesh: MeshFactory, tmp_path: Path) -> None:
     recipe = Recipe(
         name="t", total_steps=2, batch_size=8, model=config_of({}), optim=OptimConfig(ema_decay=0.9),
