@@ -117,7 +117,7 @@ def test_sets_whose_classes_may_be_others_are_refused(tmp_path, train, other, sa
     ]
     with pytest.raises(RecipeError) as error:
         opened(*specs)
-    assert str(error.value).startswith(f"--val={specs[1]!r}: {says}; name class folders")
+    assert str(error.value).startswith(f"--val={specs[1]!r}: {says}; give both folders of the same names")
     source = sets.opened(specs[0], "train", "--train", 8, 3)
     with pytest.raises(RecipeError) as error:
         open_further(f"x={specs[1]}", source, 8, 3)

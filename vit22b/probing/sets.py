@@ -38,7 +38,7 @@ def open_sources(config: ProbeConfig, image_size: int, num_classes: int) -> tupl
     train = opened(config.train, "train", "--train", image_size, num_classes)
     val = opened(config.val, "validation", "--val", image_size, num_classes)
     last = max(train.num_classes, val.num_classes) - 1
-    val = alike(val, train, f"name class folders as --train's, or by its class numbers, 0 to {last}")
+    val = alike(val, train, f"give both folders of the same names, if need be empty, or of class numbers, 0 to {last}")
     same = train.fingerprint() == val.fingerprint() and content(train) == content(val)
     val.request.check(not same, "is the very set of --train; name another file or folder, or a split")
     return train, val
