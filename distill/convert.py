@@ -69,7 +69,7 @@ def save(
 ) -> Layout:
     """Writes the model in the layout that fits: a folder for 'hf', one file for 'timm' (with a .json) and 'npz'.
 
-    `data`: fields 'mean' and 'std' of `DataConfig`, which 'hf' and 'timm' describe too. Raises `RecipeError` where the
+    `data`: fields of `DataConfig` on preprocessing, which 'hf' and 'timm' describe too. Raises `RecipeError` where the
     library has no such model, a parameter of ours has no place in it and is not zero, or the path is taken.
     """
     config = model.config
@@ -106,7 +106,12 @@ def save(
         write_npz(path, shapes, value)
     else:
         if data is not None:
-            description["pretrained_cfg"] = {"mean": list(data["mean"]), "std": list(data["std"])}
+            description["pretrained_cfg"] = {
+                "mean": list(data["mean"]),
+                "std": list(data["std"]),
+                "crop_pct": data["eval_crop_fraction"],
+                "crop_mode": "squash" if data.get("eval_resize") == "square" else "center",
+            }
         write_safetensors(path, shapes, value, metadata)
         write_json(path.with_suffix(".json"), description)
     return layout
@@ -148,10 +153,15 @@ def check_unplaced(rules: list[Rule], parameters: Mapping[str, jax.Array], layou
 
 
 def described_preprocessing(config: ModelConfig, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Of transformers' image processors that which resizes and crops as `data` says."""
+    size, resized = config.image_size, round(config.image_size / data["eval_crop_fraction"])
+    square, cropped = data.get("eval_resize") == "square", resized > config.image_size
+    crop = {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
     return {
-        "image_processor_type": "ViTImageProcessor",
+        "image_processor_type": f"{('DeiT' if cropped else 'ViT') if square else 'Bit'}ImageProcessor",
         "do_resize": True,
-        "size": {"height": config.image_size, "width": config.image_size},
+        "size": {"height": resized, "width": resized} if square else {"shortest_edge": resized},
+        **(crop if cropped or not square else {}),
         "resample": 3,  # bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -57,6 +57,7 @@ class Encoder:
             "dtype": self.dtype.name,
             "image_size": self.recipe.model.image_size,
             "eval_crop_fraction": data.eval_crop_fraction,
+            "eval_resize": data.eval_resize,
             "mean": list(data.mean),
             "std": list(data.std),
         }
