@@ -71,6 +71,26 @@ def test_the_images_looked_at_are_spread_over_the_set(tmp_path, monkeypatch, cou
     assert seen == sorted({i * count // 4 for i in range(4)})
 
 
+def test_folders_go_with_tfds_by_the_names_of_its_labels(tmp_path, monkeypatch):
+    """In whichever order TFDS has them; sets of other names do not."""
+    folder, other = make_folder(tmp_path / "f", WORDS), make_folder(tmp_path / "o", ("bee", "cat", "eel"))
+    arrays, of_spec = make_npz(tmp_path / "a.npz", [0, 1, 2]), sets.open_source
+    names = ("dog", "bee", "cat")
+
+    def as_tfds(spec, *args, **kwargs):
+        source = of_spec(spec, *args, **kwargs)
+        return source if spec.startswith("folder") else dataclasses.replace(source, label_names=names)
+
+    monkeypatch.setattr(sets, "open_source", as_tfds)
+    _, val = opened(arrays, folder)
+    assert labels_by_red(val) == {red: names.index(word) for red, word in enumerate(WORDS)}
+    train, val = opened(folder, arrays)
+    assert labels_by_red(train) == {0: 0, 1: 1, 2: 2}
+    assert [val[i][1] for i in range(3)] == [WORDS.index(names[label]) for label in (0, 1, 2)]
+    with pytest.raises(RecipeError, match="class folders have names, such as 'eel'"):
+        opened(arrays, other)
+
+
 def test_folders_of_integers_are_numbered_by_them(tmp_path):
     """As text they would be 0, 1, 10, 11, 2, ...: so ImageNetV2's are."""
     numbers = tuple(str(i) for i in range(12))

@@ -76,6 +76,7 @@ class Source:
     read: Callable[[int], tuple[np.ndarray | io.BytesIO | str, int]]  # pixels, encoded image or its path; label
     identity: bytes  # what makes it this data set and no other, wherever it lies
     class_names: tuple[str, ...] = ()  # of folders only, where the labels follow from them
+    label_names: tuple[str, ...] = ()  # of tfds only, where labels are numbers, and have a name besides
 
     @property
     def name(self) -> str:
@@ -332,5 +333,5 @@ def _tfds(request: Request) -> Source:
     except (ValueError, OSError, RuntimeError) as e:
         raise request.error(f"{str(e).splitlines()[0].rstrip('.')}; splits there: {', '.join(info.splits)}") from e
     read = functools.partial(_read_tfds, examples, image_key, label_key)
-    num_classes = info.features[label_key].num_classes
-    return Source(request, len(examples), num_classes, read, f"{info.full_name} {split}".encode())
+    labels, identity = info.features[label_key], f"{info.full_name} {split}".encode()
+    return Source(request, len(examples), labels.num_classes, read, identity, label_names=tuple(labels.names))

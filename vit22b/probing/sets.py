@@ -1,8 +1,8 @@
 """The sets of images that a probe is given: opened, told from others by their content, their classes numbered alike.
 
 Folders named by integers are classes in the order of these. Two sets have the same classes where their folders' names
-are equal, or the same integers. Of a set without folders (npz, tfds, digits) only class numbers are known: a set of
-folders goes with it where the names are these numbers.
+are equal, or the same integers. Of a set without folders (npz, tfds, digits) class numbers are known: a set of folders
+goes with it where the names are these numbers, or those that TFDS has for its labels, as ImageNet's wnids.
 """
 
 import dataclasses
@@ -103,6 +103,9 @@ def alike(source: Source, train: Source, remedy: str) -> Source:
     numbers = integers(mine), integers(theirs)
     if mine == theirs or (numbers[0] is not None and numbers[0] == numbers[1]):
         return source  # also where neither has names: their numbers are trusted
+    known = mine or source.label_names, theirs or train.label_names
+    if (mine or theirs) and len(known[0]) == len(known[1]) and set(known[0]) == set(known[1]):
+        return renumbered(source, [known[1].index(name) for name in known[0]])
     if mine and theirs:
         few = ", ".join(sorted(set(mine) ^ set(theirs))[:3])
         raise source.request.error(f"class folders differ from --train's in {few}; {remedy}")
