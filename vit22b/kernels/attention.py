@@ -16,16 +16,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from vit22b.kernels import attention_wide, hopper, norms, panels
+from vit22b.kernels import attention_wide, attention_wide_backward, hopper, norms, panels
 from vit22b.kernels.attention_backward import backward
 from vit22b.kernels.attention_norm import KEY, QUERY, Norm, with_norm
+from vit22b.kernels.attention_softmax import key_chunks, log_sum_exp, online_softmax, weighted_mean
 from vit22b.kernels.hopper import BLOCK, LOG2_E
 
 # The numbers of tokens, by head dim, with which the kernels were run on a GPU. They are written for more, and
 # interpreted with more: for up to 256 tokens in heads of up to 64, and for 193 to 256 in heads of up to 96.
 LENGTHS = {64: range(193, 257), 72: range(256, 257), 88: range(256, 257)}
-CHUNK = 128  # keys whose scores a warpgroup holds at once, first
-LATER_CHUNK = 64  # and then, when it holds sums of values, too
 
 
 def _wide(q: jax.Array) -> bool:
@@ -59,7 +58,7 @@ def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Ar
 
 def _attention_backward(kept: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, ...]:
     q, k, v, out, lse = kept
-    return tuple((attention_wide.backward if _wide(q) else backward)(q, k, v, out, lse, grad))
+    return tuple((attention_wide_backward.backward if _wide(q) else backward)(q, k, v, out, lse, grad))
 
 
 def _normed_attention_forward(
@@ -95,16 +94,6 @@ def fits_norms(shape: tuple[int, ...]) -> bool:
     return shape[-1] <= hopper.WIDTH
 
 
-def _chunks(keys: int) -> list[tuple[int, int]]:
-    """Start and number of the keys whose scores are found at once."""
-    chunks = [(0, min(CHUNK, keys))]
-    while (start := sum(chunks[-1])) < keys:
-        # A little more than LATER_CHUNK, rather than a chunk more.
-        rest = keys - start
-        chunks.append((start, rest if rest <= LATER_CHUNK + 8 else LATER_CHUNK))
-    return chunks
-
-
 def _forward_kernel(
     q_ref,
     k_ref,
@@ -129,8 +118,7 @@ def _forward_kernel(
     that all warpgroups have; whatever else orders accesses to keys is as without.
     """
     batch, length, num_heads, head_dim = q_ref.shape
-    keys, all_rows = hopper.round_up(length, 8), hopper.round_up(length, BLOCK)
-    key_rows = k_shared.shape[1]
+    all_rows, key_rows = hopper.round_up(length, BLOCK), k_shared.shape[1]
     outer_group, groups = lax.axis_index("group"), lax.axis_size("group")
     scale = LOG2_E / math.sqrt(head_dim)
     first, step, heads = lax.axis_index("block"), jnp.int32(lax.axis_size("block")), batch * num_heads
@@ -177,7 +165,7 @@ def _forward_kernel(
         top: Any = None
         total: Any = None
         out: Any = None
-        for start, columns in _chunks(keys):
+        for start, columns in key_chunks(length):
             some_keys = hopper.turned(k_shared.at[slot, pl.ds(start, columns)])
             (scores,) = hopper.matmuls([(None, queries, some_keys)], interpret)
             scores = hopper.masked(scores, length - start)
@@ -194,25 +182,15 @@ def _forward_kernel(
                         pl.when(turn > 0)(lambda: plgpu.barrier_wait(free_barrier.at[1 - slot]))
                         load_rest(head + step, 1 - slot)
 
-            highest = scores.max(axis=1) * scale
-            if start:
-                highest = jnp.maximum(top, highest)
-                shrink = jnp.exp2(top - highest)
-                total = total * shrink
-                out = out * hopper.along_columns(shrink, out.shape)
-            top = highest
-            weights = jnp.exp2(scores * scale - hopper.along_columns(top, scores.shape))
-            part = weights.sum(axis=1)
-            total = total + part if start else part
+            weights, top, total, out = online_softmax(scores, scale, top, total, out)
             if not start:
                 plgpu.barrier_wait(v_barrier.at[slot])
             weights = hopper.padded(weights.astype(jnp.bfloat16), hopper.round_up(columns, BLOCK))
             values = v_shared.at[slot, pl.ds(start, weights.shape[1])]
             (out,) = hopper.matmuls([(out, weights, values)], interpret)
         plgpu.barrier_arrive(free_barrier.at[slot])
-        inverse = 1 / total
-        queries[...] = (out * hopper.along_columns(inverse, out.shape)).astype(jnp.bfloat16)
-        lse_shared[slot, pl.ds(query, BLOCK)] = top + jnp.log(total) * LOG2_E
+        queries[...] = weighted_mean(out, total)
+        lse_shared[slot, pl.ds(query, BLOCK)] = log_sum_exp(top, total)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
             lse_shared.at[slot, pl.ds(query, BLOCK)], lse_ref.at[head, pl.ds(query, BLOCK)], commit_group=False

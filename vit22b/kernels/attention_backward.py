@@ -16,10 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from vit22b.kernels import hopper
+from vit22b.kernels.attention_softmax import key_bias, recomputed_weights, score_gradients
 from vit22b.kernels.hopper import BLOCK, LOG2_E
 
 GROUPS = (0, 1, 2, 3, 2)  # warpgroups for each number of blocks of keys: 4 would want for registers
-FAR_BELOW = -1e30  # a score whose exponential is 0
 
 
 def _kernel(*refs, interpret: bool):
@@ -126,8 +126,7 @@ def _group(
         """0, for keys that do not exist far below."""
         if all_rows == length or index != each - 1:
             return hopper.zeros((BLOCK, BLOCK), jnp.float32)
-        places = plgpu.broadcasted_iota(jnp.int32, (BLOCK, BLOCK), 0, layout=plgpu.Layout.WGMMA)
-        return jnp.where(places < length - BLOCK * own[index], jnp.float32(0), jnp.float32(FAR_BELOW))
+        return key_bias((BLOCK, BLOCK), length - BLOCK * own[index])
 
     @pl.loop(0, turns)
     def _(turn):
@@ -152,10 +151,7 @@ def _group(
                     start = start[:, :width]
                 keys, thin = k_shared.at[slot + zero, rows(key_block)], hopper.turned(q_shared.at[zero, columns])
                 (scores,) = hopper.matmuls([(start, keys, thin)], interpret)
-                lse = hopper.read(lse_shared.at[columns], plgpu.Layout.WGMMA.reduce(0))
-                weights = jnp.exp2(scores * scale - hopper.along_rows(lse, scores.shape))
-                # Rounded in pairs: without the barrier the compiler rounds one by one where both forms are used.
-                weights = lax.optimization_barrier(weights.astype(jnp.bfloat16))
+                weights = recomputed_weights(scores, scale, lse_shared.at[columns])
                 if not index:
                     pl.when(jnp.logical_not(owner(block)))(lambda: plgpu.barrier_wait(grad_barrier.at[block]))
                     pl.when(jnp.int32(block) == 0)(lambda: plgpu.barrier_wait(v_barrier.at[group]))
@@ -184,8 +180,7 @@ def _group(
                 dv = (dvs[index], hopper.padded(weights, BLOCK), grads)
                 products, dvs[index] = hopper.matmuls([product, dv], interpret, delta_ready)
                 delta = hopper.read(delta_shared.at[columns], plgpu.Layout.WGMMA.reduce(0))
-                ds = weights.astype(jnp.float32) * (products - hopper.along_rows(delta, products.shape))
-                ds = hopper.padded(ds.astype(jnp.bfloat16), BLOCK)
+                ds = hopper.padded(score_gradients(weights, products, delta), BLOCK)
                 (dks[index],) = hopper.matmuls(
                     [(dks[index], ds, queries)], interpret, lambda ds=ds, share=share: share(ds)
                 )

@@ -49,13 +49,13 @@ def load(ref: Any, memory: Any, place: tuple, start: Any, rows: int, slot: Any, 
     """Starts to copy rows of a head, from `start`, to the slot of shared memory, to the same rows if it has all."""
     to = start if memory.shape[1] > rows else 0
     view = _plain(memory, slot, to, rows, interpret)
-    plgpu.copy_gmem_to_smem(_window(ref, place, start, rows), view, barrier)
+    plgpu.copy_gmem_to_smem(window(ref, place, start, rows), view, barrier)
 
 
 def store(ref: Any, memory: Any, place: tuple, start: Any, rows: int, slot: Any, interpret: bool) -> None:
     """Starts to copy them back, as a group of copies of its own."""
     view = _plain(memory, slot, start, rows, interpret)
-    plgpu.copy_smem_to_gmem(view, _window(ref, place, start, rows), commit_group=False)
+    plgpu.copy_smem_to_gmem(view, window(ref, place, start, rows), commit_group=False)
     plgpu.commit_smem_to_gmem_group()
 
 
@@ -68,15 +68,19 @@ def _plain(ref: Any, slot: Any, start: Any, rows: int, interpret: bool) -> Any:
     if interpret:  # buffers are not tiled there, and cannot be reshaped
         return ref.at[slot, pl.ds(start, rows)]
     view = TransformedRef(ref.ref, (mosaic_core.UnswizzleRef(2 * WIDTH),))
-    first = start // 8 if isinstance(start, int) else lax.div(start, jnp.int32(8))
-    return view.at[slot, pl.ds(first, rows // 8)].reshape(rows, WIDTH)
+    return view.at[slot, pl.ds(eighth(start), rows // 8)].reshape(rows, WIDTH)
 
 
-def _window(ref: Any, place: tuple[Any, Any], start: Any, rows: int) -> Any:
-    """Rows of a head in device memory, (B, T, N, H)."""
+def eighth(start: Any) -> Any:
+    """The tile, of 8 rows, that starts at a row."""
+    return start // 8 if isinstance(start, int) else lax.div(start, jnp.int32(8))
+
+
+def window(ref: Any, place: tuple[Any, Any], start: Any, rows: int, column: int = 0, columns: int = WIDTH) -> Any:
+    """Rows, and some columns, of a head in device memory, (B, T, N, H)."""
     batch, head = place
     zero = batch * 0  # not known to be in or out of bounds
-    return ref.at[batch, pl.ds(zero + start, rows), head, pl.ds(zero + 0, WIDTH)]
+    return ref.at[batch, pl.ds(zero + start, rows), head, pl.ds(zero + column, columns)]
 
 
 def place_of(head: Any, num_heads: int) -> tuple[jax.Array, jax.Array]:
@@ -89,10 +93,7 @@ def matmuls(sums: list[tuple], interpret: bool, meanwhile: Callable = lambda: No
     shared memory. The tensor cores do all of them while `meanwhile` runs.
     """
     if interpret:  # takes no operands in registers
-        totals = [left[...].astype(jnp.float32) @ right[...].astype(jnp.float32) for _, left, right in sums]
-        plgpu.commit_smem()  # or copies to what was just read would seem to race: tensor cores need no such fence
-        meanwhile()
-        return [total if sums[i][0] is None else sums[i][0] + total for i, total in enumerate(totals)]
+        return interpreted_matmuls([(start, left[...], right[...]) for start, left, right in sums], meanwhile)
 
     def body(accumulators):
         for accumulator, (_, left, right) in zip(accumulators, sums, strict=True):
@@ -103,6 +104,14 @@ def matmuls(sums: list[tuple], interpret: bool, meanwhile: Callable = lambda: No
         zeros((left.shape[0], right.shape[1]), jnp.float32) if start is None else start for start, left, right in sums
     ]
     return pl.run_state(body)([plgpu.ACC.init(start) for start in starts])
+
+
+def interpreted_matmuls(sums: list[tuple], meanwhile: Callable) -> list[jax.Array]:
+    """`matmuls` of arrays."""
+    totals = [left.astype(jnp.float32) @ right.astype(jnp.float32) for _, left, right in sums]
+    plgpu.commit_smem()  # or copies to what was just read would seem to race: tensor cores need no such fence
+    meanwhile()
+    return [total if sums[i][0] is None else sums[i][0] + total for i, total in enumerate(totals)]
 
 
 def turned(memory: Any) -> Any:

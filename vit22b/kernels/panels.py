@@ -28,9 +28,15 @@ PANEL = 32  # columns
 PANELS = 3
 WIDTH = PANELS * PANEL
 STEP = 16  # terms of a sum that an instruction adds up
+COLUMN_UNIT = 8  # results have a multiple of so many columns
 ROW = 2 * PANEL  # bytes
 WAIT = "wgmma.wait_group.sync.aligned 0;"
 COMMIT = "wgmma.commit_group.sync.aligned;"
+
+
+def sizes(head_dim: int) -> tuple[int, int]:
+    """Columns of results, and of operands to sum over."""
+    return hopper.round_up(head_dim, COLUMN_UNIT), hopper.round_up(head_dim, STEP)
 
 
 class Place(NamedTuple):
@@ -51,7 +57,7 @@ class Place(NamedTuple):
         if interpret:
             return self.ref
         view = hopper.TransformedRef(self.memory.ref, (hopper.mosaic_core.UnswizzleRef(ROW),))
-        view = view.at[self.slot, self.panel, pl.ds(_eighth(self.start), self.rows // 8)]
+        view = view.at[self.slot, self.panel, pl.ds(hopper.eighth(self.start), self.rows // 8)]
         return view.reshape(self.rows, PANEL)
 
 
@@ -101,7 +107,7 @@ def load(ref: Any, memory: Any, place: tuple, start: Any, rows: int, slot: Any, 
     to = start if memory.shape[2] > rows else 0
     for panel in range(PANELS):
         view = Place(memory, slot, panel, to, rows).plain(interpret)
-        plgpu.copy_gmem_to_smem(_window(ref, place, start, rows, panel), view, barrier)
+        plgpu.copy_gmem_to_smem(hopper.window(ref, place, start, rows, PANEL * panel, PANEL), view, barrier)
 
 
 def write(places: list[Place], x: jax.Array) -> None:
@@ -114,32 +120,16 @@ def write(places: list[Place], x: jax.Array) -> None:
 def store(ref: Any, places: list[Place], place: tuple, start: Any, interpret: bool) -> None:
     """As `hopper.store`, of a panel at each of the places."""
     for panel, part in enumerate(places):
-        window = _window(ref, place, start, part.rows, panel)
+        window = hopper.window(ref, place, start, part.rows, PANEL * panel, PANEL)
         plgpu.copy_smem_to_gmem(part.plain(interpret), window, commit_group=False)
     plgpu.commit_smem_to_gmem_group()
-
-
-def _eighth(start: Any) -> Any:
-    return start // 8 if isinstance(start, int) else jax.lax.div(start, jnp.int32(8))
-
-
-def _window(ref: Any, place: tuple[Any, Any], start: Any, rows: int, panel: int) -> Any:
-    batch, head = place
-    zero = batch * 0  # not known to be in or out of bounds
-    return ref.at[batch, pl.ds(zero + start, rows), head, pl.ds(zero + PANEL * panel, PANEL)]
 
 
 def matmuls(sums: list[tuple], interpret: bool, meanwhile: Callable = lambda: None) -> list[jax.Array]:
     """As `hopper.matmuls`; operands in shared memory are of type `Matrix`."""
     if interpret:
-        operands = [
-            [(x.read() if isinstance(x, Matrix) else x).astype(jnp.float32) for x in (left, right)]
-            for _, left, right in sums
-        ]
-        totals = [left @ right for left, right in operands]
-        plgpu.commit_smem()
-        meanwhile()
-        return [total if sums[i][0] is None else sums[i][0] + total for i, total in enumerate(totals)]
+        arrays = [tuple(x.read() if isinstance(x, Matrix) else x for x in operands) for operands in sums]
+        return hopper.interpreted_matmuls(arrays, meanwhile)
 
     starts = [
         hopper.zeros((left.shape[0], right.shape[1]), jnp.float32) if start is None else start
@@ -181,7 +171,7 @@ def _first(operand: Any) -> Any:
     """The first rows, as they lie in memory, of an operand there."""
     if not isinstance(operand, Matrix):
         return operand
-    return operand.memory.ref.at[operand.slot, operand.first_panel, pl.ds(_eighth(operand.start), 1)]
+    return operand.memory.ref.at[operand.slot, operand.first_panel, pl.ds(hopper.eighth(operand.start), 1)]
 
 
 def _multiply(accumulator: Any, left: Any, right: Matrix, left_place: Any, right_place: Any) -> Any:
