@@ -16,8 +16,8 @@ import jax
 
 from vit22b import hlo
 
-# The scopes of layers.py, model.py and step.py, and around a whole model in distill/teacher.py.
-REGIONS = ("embed", "norm", "attention", "mlp", "head", "loss", "optimizer", "input", "teacher")
+# The scopes of layers.py, model.py and step.py.
+REGIONS = ("embed", "norm", "attention", "mlp", "head", "loss", "optimizer", "input")
 LONGEST = 40  # kernels that are listed
 CONTAINERS = ("while", "call", "conditional")  # what they run has events of its own
 MATMUL_KERNEL = re.compile(r"nvjet|gemm|cutlass|xmma|__cublas|__onednn", re.IGNORECASE)
@@ -32,6 +32,7 @@ class Event:
     instruction: str  # of the compiled module; '' where the profiler does not say
     start: float
     end: float
+    module: str = ""  # the name of the compiled one; '' where the profiler does not say
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Kernel:
 class Shares:
     """Parts of the time from the first event to the last one's end; `regions` and `kinds` sum to 1 each."""
 
-    regions: dict[str, float]  # REGIONS, 'other', 'communication', 'idle': those that occur
+    regions: dict[str, float]  # REGIONS, 'teacher', 'other', 'communication', 'idle': those that occur
     kinds: dict[str, float]  # 'matmul', 'attention', 'elementwise', 'communication', 'idle': those that occur
     kernels: list[Kernel]  # those that take most time, longest first
 
@@ -58,29 +59,40 @@ class Labels:
 
     def __init__(self, text: str) -> None:
         """`text`: of the compiled module. Raises ValueError where it is not one."""
+        named = re.match(r"HloModule ([\w.-]+)", text)
+        self._module = "" if named is None else named[1]
         self._computations = hlo.parse(text).computations
         self._instructions = {i.name: i for body in self._computations.values() for i in body}
 
     def is_container(self, event: Event) -> bool:
-        found = self._instructions.get(event.instruction)
+        found = self._instruction(event)
         return found is not None and found.opcode in CONTAINERS
 
     def region(self, event: Event) -> str:
-        """One of REGIONS, 'communication', or 'other'."""
-        found = self._instructions.get(event.instruction)
+        """One of REGIONS, 'communication', 'teacher' for a program beside the step, or 'other'."""
+        found = self._instruction(event)
         if "nccl" in event.kernel.lower() or (found is not None and self._communicates(found)):
             return "communication"
+        if self._is_beside(event):
+            return "teacher"
         return "other" if found is None else self._region(found)
 
     def kind(self, event: Event) -> str:
         """'communication', 'attention' (a fused kernel), 'matmul' or, for all else, 'elementwise'."""
-        found = self._instructions.get(event.instruction)
+        found = self._instruction(event)
         if self.region(event) == "communication":
             return "communication"
         names = f"{event.kernel} {event.instruction} {custom_call_target(found)}"
         if ATTENTION_KERNEL.search(names):
             return "attention"
         return "matmul" if MATMUL_KERNEL.search(names) or (found and self._matmuls(found)) else "elementwise"
+
+    def _is_beside(self, event: Event) -> bool:
+        """Whether it is of another program, of which alone teachers' run beside a step."""
+        return bool(event.module) and not event.module.startswith(self._module)
+
+    def _instruction(self, event: Event) -> hlo.Instruction | None:
+        return None if self._is_beside(event) else self._instructions.get(event.instruction)
 
     def _inside(self, i: hlo.Instruction) -> list[hlo.Instruction]:
         """The instructions of the computation that a fusion or an asynchronous start calls."""
@@ -117,13 +129,14 @@ def custom_call_target(i: hlo.Instruction | None) -> str:
 
 
 def innermost_scope(i: hlo.Instruction) -> str | None:
-    """The last of REGIONS among the scopes in an instruction's `op_name`, None where there is none; within a teacher
-    that. Names of jitted functions are no scopes: a jitted function may be called `norm`.
+    """The last of REGIONS among the scopes in an instruction's `op_name`, None where there is none.
+
+    Names of jitted functions are no scopes: a jitted function may be called `norm`.
     """
     found = re.search(r'op_name="([^"]*)"', i.attributes)
     path = re.sub(r"\bp?jit\([^()]*\)", "", found[1]) if found else ""
     scopes = [part for part in re.split(r"[/()]", path) if part in REGIONS]
-    return "teacher" if "teacher" in scopes else scopes[-1] if scopes else None
+    return scopes[-1] if scopes else None
 
 
 def time_shares(events: Iterable[Event], label: Callable[[Event], str]) -> dict[str, float]:
@@ -168,7 +181,8 @@ def read_events(path: Path) -> list[Event]:
                 continue
             if not instruction and line.name == "XLA Ops":  # named by their text: '%fusion.1 = ...'
                 instruction = event.name.partition(" ")[0].removeprefix("%")
-            events.append(Event(event.name, instruction, event.start_ns, event.start_ns + event.duration_ns))
+            end = event.start_ns + event.duration_ns
+            events.append(Event(event.name, instruction, event.start_ns, end, str(stats.get("hlo_module", ""))))
     return events
 
 
