@@ -16,7 +16,7 @@ from vit22b.errors import RecipeError
 from vit22b.model import abstract_model
 from vit22b.model_config import ModelConfig
 from vit22b.names import named_leaves
-from vit22b.sharding import abstract_mesh, check_model_divisibility
+from vit22b.sharding import abstract_mesh
 
 METADATA = "vit22b"  # key of our own configuration in a safetensors file that we wrote
 LIBRARIES = ("hf", "timm", "npz")
@@ -136,7 +136,7 @@ def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if mesh.empty:
         with use_abstract_mesh(abstract_mesh((1, 1, 1))):
             return our_shapes(config)
-    check_model_divisibility(config, mesh.shape["data"], mesh.shape["model"])
+    config.check_mesh(mesh.shape["data"], mesh.shape["model"])
     return {name: leaf.shape for name, leaf in named_leaves(abstract_model(config)).items()}
 
 

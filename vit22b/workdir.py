@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -77,8 +78,17 @@ def read_recipe(workdir: Path) -> Recipe:
     """
     path = workdir / "recipe.json"
     try:
-        return from_flat(json.loads(path.read_text(encoding="utf-8"))["recipe"])
-    except FileNotFoundError as error:
+        return from_flat(read_fields(workdir))
+    except (ValueError, KeyError, TypeError) as error:
+        raise error if isinstance(error, RecipeError) else RecipeError(f"{path}: is not a run's ({error})") from error
+
+
+def read_fields(workdir: Path) -> dict[str, Any]:
+    """The fields of the run's recipe by their dotted names, a `DistillRecipe`'s too; raises `RecipeError`."""
+    path = workdir / "recipe.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RecipeError(f"{workdir}: holds no recipe.json, as the folder of a run does") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path}: is not a run's ({error})") from error
