@@ -139,7 +139,7 @@ def sharp_logits(temperature: float) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_what_is_stored_of_a_distribution_is_that_at_the_temperature(temperature: float) -> None:
-    """Up to fp16, of which log-probabilities have 11 bits; what all others have together is exact, and spread evenly."""
+    """Up to fp16, of whose values 11 bits count; what all others have together is exact, and spread evenly."""
     logits, k = sharp_logits(temperature), 8
     exact = log_softmax(np.float64(logits) / temperature, axis=1)
     classes, log_probs, others = top_classes.most_probable(jnp.asarray(logits), k, temperature)
