@@ -1,4 +1,4 @@
-"""What teachers said of views, stored: one pass of the teachers, any number of runs of students.
+"""What teachers said of views, stored: one pass of the teachers, any number of runs of students with one seed.
 
 A view's place in the run's stream of examples, with the recipe's seed, decides its crop, its augmentation and, with
 its step, what it is mixed with. So a cache belongs to a stream: the views of `cached_steps` steps, which training sees
@@ -126,8 +126,11 @@ def is_whole(path: Path, views: int) -> bool:
     if not path.exists():
         return False
     reader = array_record_module.ArrayRecordReader(str(path))
-    found = reader.num_records()
-    reader.close()
+    try:
+        found = reader.num_records()
+        reader.close()  # which tells what went wrong at the opening
+    except RuntimeError:
+        return False
     return found == views
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -196,6 +197,10 @@ def test_the_distance_to_what_is_stored_is_the_total_variation() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            lambda r: dataclasses.replace(r, distill=dataclasses.replace(r.distill, temperature=2.0)),
+            "with distill.temperature=1.0, not 2.0",
+        ),
         (lambda r: dataclasses.replace(r, seed=1), "is of other views, with seed=0, not 1"),
         (lambda r: dataclasses.replace(r, data=dataclasses.replace(r.data, flip=False)), "with data.flip=True"),
         (
@@ -218,16 +223,72 @@ def test_a_cache_of_other_views_is_refused(change, message: str, written: Distil
     assert "\n" not in str(raised.value)
 
 
-def test_a_cache_that_says_something_else_is_refused(written: DistillRecipe, tmp_path: Path, mesh: MeshFactory) -> None:
-    """As of a teacher whose weights have changed, and the sizes of whose files have not."""
-    layout, source = cache.Layout.of(written), cache.Reader(Path(written.distill.cache), written, identity_of(written))
+@pytest.mark.parametrize("wrong", ["classes", "log_probs"])
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_cache_that_says_something_else_is_refused(
+    wrong: str, at: int, written: DistillRecipe, tmp_path: Path, mesh: MeshFactory
+) -> None:
+    """The same probabilities for other classes, or the other way round, at any of the steps that are looked at."""
+    source = cache.Reader(Path(written.distill.cache), written, identity_of(written))
     writer = cache.Writer(tmp_path / "views", written, identity_of(written))
+
+    def said(step: int) -> dict[str, np.ndarray]:
+        return {n: x[:, ::-1] if n == f"{wrong}_0" and step == at else x for n, x in source(step).items()}
+
     for steps in writer.missing():
-        writer.write(steps, ({n: -x if n.startswith("log") else x for n, x in source(s).items()} for s in steps))
-    assert layout.size == 8 + 2 * 10 * 4
-    other = dataclasses.replace(written, distill=dataclasses.replace(written.distill, cache=str(tmp_path / "views")))
-    with pytest.raises(RecipeError, match="the teachers say something else"):
-        batches(other, range(1), mesh)
+        writer.write(steps, (said(step) for step in steps))
+    with pytest.raises(RecipeError, match=f"of step {at}'s views the teachers say something else .logits_0: "):
+        batches(elsewhere(written, tmp_path / "views"), range(1), mesh)
+
+
+def elsewhere(given: DistillRecipe, folder: Path) -> DistillRecipe:
+    return dataclasses.replace(given, distill=dataclasses.replace(given.distill, cache=str(folder)))
+
+
+@pytest.fixture
+def copied(written: DistillRecipe, tmp_path: Path) -> tuple[DistillRecipe, Path]:
+    """A copy of the cache, and its second chunk."""
+    shutil.copytree(written.distill.cache, tmp_path / "views")
+    return elsewhere(written, tmp_path / "views"), tmp_path / "views" / "views-000001-00000.arrayrecord"
+
+
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.999])
+def test_a_chunk_that_was_cut_off_is_missing(
+    left: float, copied: tuple[DistillRecipe, Path], mesh: MeshFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "CHUNK_STEPS", 2)
+    given, chunk = copied
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[: int(left * len(whole))])
+    identity = identity_of(given)
+    with pytest.raises(RecipeError, match=r"lacks 1 whole files .views-000001-00000\.arrayrecord.; run launch/teach"):
+        cache.Reader(Path(given.distill.cache), given, identity)
+    assert cache.Writer(Path(given.distill.cache), given, identity).missing() == [range(2, 4)]
+
+
+def test_a_chunk_that_is_damaged_is_named(copied: tuple[DistillRecipe, Path]) -> None:
+    given, chunk = copied
+    whole = chunk.read_bytes()
+    chunk.write_bytes(bytes(64) + whole[64:])  # its end, which says how many records it has, is as it was
+    reader = cache.Reader(Path(given.distill.cache), given, identity_of(given))
+    assert reader(1)
+    with pytest.raises(RecipeError, match=r"views-000001-00000\.arrayrecord is damaged; delete it and run launch"):
+        reader(2)
+
+
+def test_another_programs_manifest_is_no_caches(teachers: list[str], tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"identity": {"name": "a phone"}}')
+    given = cached(teachers, tmp_path)
+    with pytest.raises(RecipeError, match=r"its manifest\.json is not a cache's; give a new folder"):
+        cache.Writer(tmp_path, given, {"seed": 0})
+
+
+def test_a_field_that_one_version_alone_has_decides_nothing(written: DistillRecipe) -> None:
+    identity = identity_of(written)
+    folder = Path(written.distill.cache)
+    assert cache.Reader(folder, written, {**identity, "data.new": 1})(0)
+    del identity["data.flip"]
+    assert cache.Reader(folder, written, identity)(0)
 
 
 def identity_of(given: DistillRecipe) -> dict:
