@@ -23,14 +23,12 @@ class DistillConfig:
 
     The four ways of teaching are those of [Beyer 2022, section 3]: 'function_matching': teacher and student see the
     same crop, mixed with another image; 'consistent': the same crop; 'independent': each a random crop of its own;
-    'fixed': the teacher sees the image as evaluation does.
+    'fixed': the teacher sees the image as its evaluation does.
     """
 
     teachers: tuple[str, ...]
     image_sizes: tuple[int, ...] = ()  # of each teacher; (): its own
-    eval_crop_fractions: tuple[
-        float, ...
-    ] = ()  # of each, as in `DataConfig`, for 'fixed' and its accuracy; (): its own
+    eval_crop_fractions: tuple[float, ...] = ()  # of each, for 'fixed' and for its accuracy; (): its own
     weights: tuple[float, ...] = ()  # of each teacher in the loss; (): all 1
     matmul: str = "bf16"  # the teachers': 'bf16', 'fp32', 'fp8'
     sharding: str = "fsdp"  # of their parameters: 'fsdp', as the student's; 'replicated', but for tensor parallelism

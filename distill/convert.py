@@ -85,9 +85,7 @@ def save(
     `RecipeError` where the library has no such model, a parameter of ours has no place in it and is not zero, or the
     path is taken, or has a suffix that it could not be read by.
     """
-    suffix = SUFFIXES[library]
-    ok = path.suffix == suffix or not suffix
-    check(ok, "--to", f"{library}:{path}", f"needs a file's name with {suffix}, as {library}:mine{suffix}")
+    check_suffix(library, path)
     config = model.config
     layout = writable_layout(library, config, layout_name)
     rules = checked_rules(layout, config, None)
@@ -130,6 +128,13 @@ def save(
         write_safetensors(path, shapes, value, metadata)
         write_json(path.with_suffix(".json"), description)
     return layout
+
+
+def check_suffix(library: str, path: Path) -> None:
+    """Raises `RecipeError` for a file's name by which it could not be read back."""
+    suffix = SUFFIXES[library]
+    ok = path.suffix == suffix or not suffix
+    check(ok, "--to", f"{library}:{path}", f"needs a file's name with {suffix}, as {library}:mine{suffix}")
 
 
 def save_workdir(model: ViT, workdir: Path, name: str, data: Mapping[str, Any], origin: str) -> None:

@@ -10,6 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, get_mesh
+from jax.sharding import PartitionSpec as P
 
 from distill import cache, top_classes
 from distill.config import DistillRecipe
@@ -84,7 +86,7 @@ class Teaching:
                     moments[name].add(counts[name], np.asarray(mean), np.asarray(squares))
         batches.close()
         statistics = [{name: each.result() for name, each in moments.items()} for moments in total]
-        self._frozen = Frozen(self._frozen.models, jax.tree.map(jnp.asarray, statistics))
+        self._frozen = Frozen(self._frozen.models, jax.device_put(statistics, NamedSharding(get_mesh(), P())))
 
     def accuracy(self, source: Source, batches: int) -> list[dict[str, float] | None]:
         """Of each teacher that has the students' classes its metrics, as its own evaluation sees images.

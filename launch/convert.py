@@ -57,6 +57,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, dict[str, Any]
     for flag, value in (("--from", arguments.source), ("--to", arguments.target)):
         if not value:
             raise RecipeError(f"{flag}: give it, as in --from hf:facebook/dinov2-base --to runs/dinov2-b")
+    library, _, name = arguments.target.partition(":")
+    known = library in (*weights.LIBRARIES, "stablehlo")
+    check(bool(name) or not known, "--to", arguments.target, f"needs a name, as {library}:mine")
+    if library in weights.LIBRARIES:
+        convert.check_suffix(library, Path(name))
     overrides: dict[str, dict[str, Any]] = {section: {} for section in FIELDS}
     for word in rest:
         section, field, text = split_override(word)
@@ -111,11 +116,10 @@ def read(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]) ->
             raise RecipeError(f"--config.model.{next(iter(overrides['model']))}: a work directory tells its own")
         model, recipe = convert.load_workdir(source)
         print(f"{source}: {describe(model)}")
-        more = [] if "@" in source else frozen.members(Path(source))[1:]
-        if more:
-            print(
-                f"{source}: is that run's first model; there are more: {', '.join(f'{source}@{each}' for each in more)}"
-            )
+        folder, member = frozen.run_and_member(source)
+        more = ", ".join(f"{source}@{each}" for each in frozen.members(folder)[1:])
+        if more and not member:
+            print(f"{source}: is that run's first model; there are more: {more}")
         return model, {name: getattr(recipe.data, name) for name in PREPROCESSING} | overrides["data"]
     opened = weights.open_source(source, arguments.layout, overrides["model"])
     data = opened.preprocessing | overrides["data"]
@@ -136,8 +140,6 @@ def describe(model: ViT) -> str:
 
 def write(model: ViT, data: dict[str, Any], arguments: argparse.Namespace) -> None:
     library, _, name = arguments.target.partition(":")
-    known = library in (*weights.LIBRARIES, "stablehlo")
-    check(bool(name) or not known, "--to", arguments.target, f"needs a name, as {library}:mine")
     if library == "stablehlo":
         stablehlo.export(model, Path(name))
         print(f"{arguments.target}: written, with {name}.safetensors")

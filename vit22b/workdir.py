@@ -76,15 +76,15 @@ def read_recipe(workdir: Path) -> Recipe:
 
     A field that an older run does not have takes its default, one that is no longer there is passed over.
     """
-    path = workdir / "recipe.json"
+    fields = read_fields(workdir)
     try:
-        return from_flat(read_fields(workdir))
-    except (ValueError, KeyError, TypeError) as error:
-        raise error if isinstance(error, RecipeError) else RecipeError(f"{path}: is not a run's ({error})") from error
+        return from_flat(fields)
+    except TypeError as error:  # a field is missing
+        raise RecipeError(f"{workdir / 'recipe.json'}: is not a run's ({error})") from error
 
 
 def read_fields(workdir: Path) -> dict[str, Any]:
-    """The fields of the run's recipe by their dotted names, a `DistillRecipe`'s too; raises `RecipeError`."""
+    """The fields of the run's recipe by their dotted names, those of its kind too; raises `RecipeError`."""
     path = workdir / "recipe.json"
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["recipe"])
