@@ -125,8 +125,8 @@ def is_whole(path: Path, views: int) -> bool:
     """Whether a chunk's file is there with so many records; of one that was cut off, no record can be read."""
     if not path.exists():
         return False
-    reader = array_record_module.ArrayRecordReader(str(path))
     try:
+        reader = array_record_module.ArrayRecordReader(str(path))
         found = reader.num_records()
         reader.close()  # which tells what went wrong at the opening
     except RuntimeError:

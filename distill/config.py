@@ -106,7 +106,7 @@ class DistillConfig:
             ok = len(values) == len(self.teachers) or not (values or needed)
             check(ok, f"distill.{name}", values, f"needs one number for each of {len(self.teachers)} teacher(s)")
             ok = all(isinstance(v, kind) and not isinstance(v, bool) and fits(v) for v in values)
-            check(ok, f"distill.{name}", values, f"needs {what}, as ({', '.join('1' for _ in self.teachers)},)")
+            check(ok, f"distill.{name}", values, f"needs {what}, as {(1,) * len(self.teachers)}")
 
     def _validate_match(self) -> None:
         """What goes with one of the two and not with the other."""

@@ -173,7 +173,7 @@ def check_unplaced(rules: list[Rule], parameters: Mapping[str, jax.Array], layou
 
 
 def described_preprocessing(config: ModelConfig, data: Mapping[str, Any]) -> dict[str, Any]:
-    """For transformers, whose ViT's processor does not crop: where evaluation does, its ResNet's is named."""
+    """For transformers, whose processor of ViT does not crop: where evaluation does, Big Transfer's is named."""
     size, fraction = config.image_size, data["eval_crop_fraction"]
     square = {"height": size, "width": size}
     resized: dict[str, Any] = {"image_processor_type": "ViTImageProcessor", "size": square}

@@ -269,7 +269,7 @@ def test_a_chunk_that_was_cut_off_is_missing(
 def test_a_chunk_that_is_damaged_is_named(copied: tuple[DistillRecipe, Path]) -> None:
     given, chunk = copied
     whole = chunk.read_bytes()
-    chunk.write_bytes(bytes(64) + whole[64:])  # its end, which says how many records it has, is as it was
+    chunk.write_bytes(whole[:104] + bytes(64) + whole[168:])  # records; how many there are is told at the end
     reader = cache.Reader(Path(given.distill.cache), given, identity_of(given))
     assert reader(1)
     with pytest.raises(RecipeError, match=r"views-000001-00000\.arrayrecord is damaged; delete it and run launch"):

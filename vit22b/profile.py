@@ -16,7 +16,7 @@ import jax
 
 from vit22b import hlo
 
-# The scopes of layers.py, model.py and step.py, and around a whole model in distill/teacher.py.
+# The scopes of layers.py, model.py and step.py, and around a whole model in distill/teaching.py.
 REGIONS = ("embed", "norm", "attention", "mlp", "head", "loss", "optimizer", "input", "teacher")
 LONGEST = 40  # kernels that are listed
 CONTAINERS = ("while", "call", "conditional")  # what they run has events of its own
