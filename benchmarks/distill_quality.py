@@ -1,12 +1,13 @@
 """In which way does a student learn most from a teacher? Trains one, then students in each way, and compares.
 
-    python benchmarks/distill_quality.py --out FOLDER [--steps 2000,10000] [--seeds 3] [--jobs 1]
+    python benchmarks/distill_quality.py --out FOLDER [--steps 2000,10000] [--seeds 3] [--jobs 1] [--gpus 1]
         [--teacher recipes/cifar10.py:30M] [--student recipes/distill_cifar10.py] [--config.FIELD=VALUE ...]
 
 Every run is one of launch/tpu.py in a work directory of its own below FOLDER; the same command goes on with what is
-missing. Fields that are given hold for all runs, the teacher's too. `--steps`: schedules of the students, each with its
-own decay. `--jobs` of them run at a time, sharing the device. At the end FOLDER has `distill_quality.json` (final
-validation top-1 of each run; mean and standard deviation over seeds) and `distill_quality.png`.
+missing. Fields that are given hold for all runs, the teacher's too, but total_steps for the teacher alone: `--steps`
+are the students' schedules, each with its own decay. `--jobs` of them run at a time on each of `--gpus` devices. At
+the end FOLDER has `distill_quality.json` (final validation top-1 of each run; mean and standard deviation over seeds)
+and `distill_quality.png`.
 """
 
 import argparse
@@ -14,12 +15,11 @@ import itertools
 import json
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.runs import final, train
+from benchmarks.runs import Places, final
 
 TEACHINGS = ("labels", "fixed", "independent", "consistent", "function_matching")
 
@@ -77,9 +77,11 @@ def main() -> int:
     parser.add_argument("--steps", default="2000,10000", type=numbers)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1)
     arguments, fields = parser.parse_known_args()
+    places = Places(arguments.jobs, arguments.gpus)
     teacher = arguments.out / "teacher"
-    train(teacher, ["--config", arguments.teacher, *fields], 1)
+    places.train(teacher, ["--config", arguments.teacher, *fields])
     best = final(teacher)
     print(json.dumps({"name": "teacher", **best}), flush=True)
 
@@ -89,14 +91,10 @@ def main() -> int:
         flags += [f"--config.total_steps={steps}", f"--config.run.checkpoint_every_steps={steps}"]
         if teaching != "labels":
             flags.append(f"--config.distill.teachers=('{teacher}',)")
-        train(arguments.out / name, flags, arguments.jobs)
-        found = {"name": name, "steps": steps, "seed": seed, "teaching": teaching, **final(arguments.out / name)}
-        print(json.dumps(found), flush=True)
-        return found
+        places.train(arguments.out / name, flags)
+        return {"name": name, "steps": steps, "seed": seed, "teaching": teaching, **final(arguments.out / name)}
 
-    wanted = itertools.product(arguments.steps, range(arguments.seeds), TEACHINGS)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = list(pool.map(lambda each: run(*each), wanted))
+    runs = places.each(run, itertools.product(arguments.steps, range(arguments.seeds), TEACHINGS))
     rows = compare(runs)
     result = {"teacher": {"config": arguments.teacher, **best}, "student": arguments.student, "fields": fields}
     result |= {"runs": runs, "comparison": rows}

@@ -1,11 +1,11 @@
 """Does fp8 learn what bf16 learns? Trains both with several seeds and learning rates, and compares.
 
-    python benchmarks/fp8_quality.py --out FOLDER [--rates 1e-3,8e-3] [--seeds 2] [--jobs 1]
+    python benchmarks/fp8_quality.py --out FOLDER [--rates 1e-3,8e-3] [--seeds 2] [--jobs 1] [--gpus 1]
         [--config recipes/cifar10.py:30M] [--config.FIELD=VALUE ...]
 
 Each run is one of launch/tpu.py in a work directory of its own below FOLDER; the same command goes on with what is
-missing. Fields that are given hold for all runs. `--jobs` of them run at a time, sharing the device: models as small as
-these leave most of a large GPU idle. At the end FOLDER has `fp8_quality.json` (final validation metrics of
+missing. Fields that are given hold for all runs. `--jobs` of them run at a time on each of `--gpus` devices: models as
+small as these leave most of a large GPU idle. At the end FOLDER has `fp8_quality.json` (final validation metrics of
 each run, means, and the spread over seeds) and `fp8_quality.png` (training loss and validation accuracy of each). A run
 that diverges, as one may at the edge of what bf16 bears, is a result: its metrics are null.
 """
@@ -15,12 +15,11 @@ import itertools
 import json
 import statistics
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.runs import final, train
+from benchmarks.runs import Places, final
 from vit22b.report import read_metrics
 
 DTYPES = ("bf16", "fp8")
@@ -68,20 +67,18 @@ def main() -> int:
     parser.add_argument("--rates", default="1e-3,8e-3", type=lambda text: [float(rate) for rate in text.split(",")])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1)
     arguments, fields = parser.parse_known_args()
+    places = Places(arguments.jobs, arguments.gpus)
 
     def run(rate: float, seed: int, matmul: str) -> dict:
         name = f"{matmul}_lr{rate:g}_seed{seed}"
         own = {"seed": seed, "optim.learning_rate": rate, "model.matmul": matmul}
         flags = ["--config", arguments.config, *fields, *(f"--config.{k}={v}" for k, v in own.items())]
-        train(arguments.out / name, flags, arguments.jobs)
-        found = {"name": name, "rate": rate, "seed": seed, "matmul": matmul, **final(arguments.out / name)}
-        print(json.dumps(found), flush=True)
-        return found
+        places.train(arguments.out / name, flags)
+        return {"name": name, "rate": rate, "seed": seed, "matmul": matmul, **final(arguments.out / name)}
 
-    wanted = itertools.product(arguments.rates, range(arguments.seeds), DTYPES)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = list(pool.map(lambda each: run(*each), wanted))
+    runs = places.each(run, itertools.product(arguments.rates, range(arguments.seeds), DTYPES))
     result = {"config": arguments.config, "fields": fields, "runs": runs, "comparison": compare(runs)}
     (arguments.out / "fp8_quality.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(arguments.out, runs)

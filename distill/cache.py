@@ -38,6 +38,7 @@ DECIDING = (
     "temperature",
     "image_sizes",
     "eval_crop_fractions",
+    "eval_resizes",
     "widths",
     "matmul",
     "top_k",

@@ -28,7 +28,9 @@ class DistillConfig:
 
     teachers: tuple[str, ...]
     image_sizes: tuple[int, ...] = ()  # of each teacher; (): its own
-    eval_crop_fractions: tuple[float, ...] = ()  # of each, for 'fixed' and for its accuracy; (): its own
+    # How each sees images in evaluation, for 'fixed' and for its accuracy, as fields of `DataConfig`; (): its own.
+    eval_crop_fractions: tuple[float, ...] = ()
+    eval_resizes: tuple[str, ...] = ()
     weights: tuple[float, ...] = ()  # of each teacher in the loss; (): all 1
     matmul: str = "bf16"  # the teachers': 'bf16', 'fp32', 'fp8'
     sharding: str = "fsdp"  # of their parameters: 'fsdp', as the student's; 'replicated', but for tensor parallelism
@@ -98,15 +100,16 @@ class DistillConfig:
         allowed: dict[str, tuple[Any, str, Callable[[Any], bool]]] = {
             "image_sizes": (int, "positive integers", lambda size: size > 0),
             "eval_crop_fractions": (int | float, "numbers from 0.1 to 1", lambda part: 0.1 <= part <= 1),
+            "eval_resizes": (str, "'short_side' or 'square'", lambda name: name in ("short_side", "square")),
             "weights": (int | float, "positive numbers", lambda weight: 0 < weight < math.inf),
             "widths": (int, "positive integers", lambda width: width > 0),
         }
         for name, (kind, what, fits) in allowed.items():
             values, needed = getattr(self, name), name == "widths" and self.match == "features"
             ok = len(values) == len(self.teachers) or not (values or needed)
-            check(ok, f"distill.{name}", values, f"needs one number for each of {len(self.teachers)} teacher(s)")
+            check(ok, f"distill.{name}", values, f"needs one value for each of {len(self.teachers)} teacher(s)")
             ok = all(isinstance(v, kind) and not isinstance(v, bool) and fits(v) for v in values)
-            check(ok, f"distill.{name}", values, f"needs {what}, as {(1,) * len(self.teachers)}")
+            check(ok, f"distill.{name}", values, f"needs {what}")
 
     def _validate_match(self) -> None:
         """What goes with one of the two and not with the other."""
@@ -168,7 +171,8 @@ class DistillRecipe(Recipe):
         what teachers see, as `teacher.resolved` does.
         """
         own, sizes, fractions = self.model.image_size, self.distill.image_sizes, self.distill.eval_crop_fractions
-        check(bool(sizes and fractions), "distill.image_sizes", sizes, "each teacher's own is not known here; give it")
+        known = bool(sizes and fractions and self.distill.eval_resizes)
+        check(known, "distill.image_sizes", sizes, "each teacher's own is not known here")
         if self.distill.teaching not in ("independent", "fixed"):
             return (View(name="image", size=max(own, *sizes)),)
         image = View(name="image", size=own)
@@ -176,8 +180,11 @@ class DistillRecipe(Recipe):
             return (image,)
         if self.distill.teaching == "independent":
             return image, View(name="teacher_image", size=max(sizes), stream=1)
-        theirs = zip(sizes, fractions, strict=True)
-        return image, *(View(name=f"teacher_image_{i}", size=s, eval_crop=f) for i, (s, f) in enumerate(theirs))
+        theirs = zip(sizes, fractions, self.distill.eval_resizes, strict=True)
+        return image, *(
+            View(name=f"teacher_image_{i}", size=size, eval_crop=fraction, eval_resize=resize)
+            for i, (size, fraction, resize) in enumerate(theirs)
+        )
 
     def objective(self) -> "Distillation":
         from distill.objective import Distillation

@@ -81,9 +81,9 @@ def save(
 ) -> Layout:
     """Writes the model in the layout that fits: a folder for 'hf', one file for 'timm' (with a .json) and 'npz'.
 
-    `data`: fields 'mean', 'std' and 'eval_crop_fraction' of `DataConfig`, which 'hf' and 'timm' describe too. Raises
-    `RecipeError` where the library has no such model, a parameter of ours has no place in it and is not zero, or the
-    path is taken, or has a suffix that it could not be read by.
+    `data`: fields of `DataConfig` on preprocessing, which 'hf' and 'timm' describe too. Raises `RecipeError` where the
+    library has no such model, a parameter of ours has no place in it and is not zero, or the path is taken, or has a
+    suffix that it could not be read by.
     """
     check_suffix(library, path)
     config = model.config
@@ -124,6 +124,7 @@ def save(
                 "mean": list(data["mean"]),
                 "std": list(data["std"]),
                 "crop_pct": data["eval_crop_fraction"],
+                "crop_mode": "squash" if data.get("eval_resize") == "square" else "center",
             }
         write_safetensors(path, shapes, value, metadata)
         write_json(path.with_suffix(".json"), description)
@@ -173,19 +174,15 @@ def check_unplaced(rules: list[Rule], parameters: Mapping[str, jax.Array], layou
 
 
 def described_preprocessing(config: ModelConfig, data: Mapping[str, Any]) -> dict[str, Any]:
-    """For transformers, whose processor of ViT does not crop: where evaluation does, Big Transfer's is named."""
-    size, fraction = config.image_size, data["eval_crop_fraction"]
-    square = {"height": size, "width": size}
-    resized: dict[str, Any] = {"image_processor_type": "ViTImageProcessor", "size": square}
-    if fraction < 1:
-        resized = {
-            "image_processor_type": "BitImageProcessor",
-            "size": {"shortest_edge": round(size / fraction)},
-            "do_center_crop": True,
-            "crop_size": square,
-        }
-    return resized | {
+    """Of transformers' image processors that which resizes and crops as `data` says."""
+    size, resized = config.image_size, round(config.image_size / data["eval_crop_fraction"])
+    square, cropped = data.get("eval_resize") == "square", resized > config.image_size
+    crop = {"do_center_crop": True, "crop_size": {"height": size, "width": size}}
+    return {
+        "image_processor_type": f"{('DeiT' if cropped else 'ViT') if square else 'Bit'}ImageProcessor",
         "do_resize": True,
+        "size": {"height": resized, "width": resized} if square else {"shortest_edge": resized},
+        **(crop if cropped or not square else {}),
         "resample": 3,  # bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -32,16 +32,16 @@ class Teacher:
 
 
 def resolved(recipe: DistillRecipe) -> DistillRecipe:
-    """The recipe with the image size and the evaluation's crop of each teacher: its own, where the recipe has none.
+    """The recipe with each teacher's image size, and how it sees images in evaluation: its own, where none is given.
 
     Raises `RecipeError` where a teacher is none.
     """
     distill, own = recipe.distill, [frozen.recipe_of(FIELD, name) for name in recipe.distill.teachers]
     sizes = distill.image_sizes or tuple(each.model.image_size for each in own)
     fractions = distill.eval_crop_fractions or tuple(each.data.eval_crop_fraction for each in own)
-    return dataclasses.replace(
-        recipe, distill=dataclasses.replace(distill, image_sizes=sizes, eval_crop_fractions=fractions)
-    )
+    resizes = distill.eval_resizes or tuple(each.data.eval_resize for each in own)
+    changed = dataclasses.replace(distill, image_sizes=sizes, eval_crop_fractions=fractions, eval_resizes=resizes)
+    return dataclasses.replace(recipe, distill=changed)
 
 
 def load(recipe: DistillRecipe) -> list[Teacher]:

@@ -97,13 +97,14 @@ class Teaching:
         some = source.only(np.linspace(0, len(source) - 1, count).astype(int), b" evenly spaced")
         found: list[dict[str, float] | None] = []
         distill = self._recipe.distill
-        for teacher, size, crop in zip(self._teachers, distill.image_sizes, distill.eval_crop_fractions, strict=True):
-            config = dataclasses.replace(teacher.config, image_size=size)
+        theirs = zip(distill.image_sizes, distill.eval_crop_fractions, distill.eval_resizes, strict=True)
+        for teacher, (size, crop, resize) in zip(self._teachers, theirs, strict=True):
+            config, normal = dataclasses.replace(teacher.config, image_size=size), teacher.data
             if config.num_classes != self._recipe.model.num_classes:
                 found.append(None)
                 continue
             seen = dataclasses.replace(
-                self._recipe.data, mean=teacher.data.mean, std=teacher.data.std, eval_crop_fraction=crop
+                self._recipe.data, mean=normal.mean, std=normal.std, eval_crop_fraction=crop, eval_resize=resize
             )
             own = Recipe(name="teacher", total_steps=1, batch_size=self._recipe.batch_size, model=config, data=seen)
             found.append(evaluate(own, compile_eval_step(own, teacher.model), teacher.model, some))

@@ -38,6 +38,8 @@ FIELDS = {
     "num_register_tokens": "num_registers",
     "rope_theta": "rope_base",
 }
+PREPROCESSING = ("mean", "std", "eval_crop_fraction", "eval_resize")  # fields of `DataConfig`
+SHORT_SIDE = ("CLIP", "Bit")  # image processors of transformers whose size, as a mere number, is that of the short side
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,17 +176,37 @@ def checked_rules(layout: Layout, config: ModelConfig, published: Published | No
 
 
 def preprocessing(folder: Path, info: dict[str, Any]) -> dict[str, Any]:
-    """'mean' and 'std', and 'eval_crop_fraction' where images are cropped, as fields of `DataConfig`."""
-    processor, known = read_json(folder / "preprocessor_config.json"), {}
+    """Those of `PREPROCESSING` that the files of transformers or timm tell."""
+    processor = read_json(folder / "preprocessor_config.json")
+    known: dict[str, Any] = {}
     cfg = info.get("pretrained_cfg") or {}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
         value = processor.get(theirs, cfg.get(ours))
         if value is not None:
             known[ours] = tuple(float(v) for v in value)
-    resized, cropped = processor.get("size") or {}, processor.get("crop_size") or {}
-    fraction = cfg.get("crop_pct")
-    if "height" in resized and not processor.get("do_center_crop", False):
-        fraction = 1.0
-    elif "shortest_edge" in resized and "height" in cropped:
-        fraction = cropped["height"] / resized["shortest_edge"]
-    return known | ({"eval_crop_fraction": float(fraction)} if fraction else {})
+    if processor:
+        return known | _resizing(processor)
+    if cfg:
+        known["eval_crop_fraction"] = float(cfg.get("crop_pct") or 0.875)  # timm's default
+        known |= {"eval_resize": "square"} if cfg.get("crop_mode") == "squash" else {}
+    return known
+
+
+def _resizing(processor: dict[str, Any]) -> dict[str, Any]:
+    """What a processor of transformers does before it normalises; {} where its description leaves that open."""
+    kind = processor.get("image_processor_type") or processor.get("feature_extractor_type") or ""
+    size, crop, cropped = (processor.get(name) for name in ("size", "crop_size", "do_center_crop"))
+    square = not kind.startswith(SHORT_SIDE)
+    if cropped is None:
+        cropped = not square  # the classes' defaults
+    if isinstance(size, dict):
+        square = "shortest_edge" not in size
+        size = size.get("height", size.get("shortest_edge"))
+    if isinstance(crop, dict):
+        crop = crop.get("height")
+    resize = {"eval_resize": "square"} if square else {}
+    if cropped and size and crop:
+        return resize | {"eval_crop_fraction": crop / size}
+    if not cropped and square and "max_num_patches" not in processor:  # NaFlex's images have many shapes
+        return resize | {"eval_crop_fraction": 1.0}
+    return {}

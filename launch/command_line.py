@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -59,10 +60,18 @@ def parse(argv: list[str]) -> tuple[Recipe, Path | None]:
         name = next(name for name in overridden if f"config.{name}=" in str(error))
         needed, now = TYPES[type(fields[name])], fields[name]
         raise RecipeError(f"{overridden[name]}: needs {needed}; the recipe has {now!r}") from error
-    workdir = values.workdir or ""
-    # Here, since Path would make one slash of the two.
+    return values.config, writable_folder(values.workdir) if values.workdir else None
+
+
+def writable_folder(workdir: str) -> Path:
+    """The folder that --workdir names, which need not be there yet; raises `RecipeError` where it cannot be made."""
+    # Asked of the text, since Path would make one slash of the two.
     check("://" not in workdir, "--workdir", workdir, "must be a folder of a file system; mount the bucket")
-    return values.config, Path(workdir) if workdir else None
+    path = Path(workdir)
+    nearest = next(each for each in (path, *path.absolute().parents) if os.path.exists(each))
+    check(nearest.is_dir(), "--workdir", workdir, f"{nearest} is a file; give a folder")
+    check(os.access(nearest, os.W_OK | os.X_OK), "--workdir", workdir, f"{nearest} may not be written to; give another")
+    return path
 
 
 def read(argv: list[str], known_only: bool) -> flags.FlagValues:

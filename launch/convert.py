@@ -11,9 +11,9 @@
         big_vision reads it; stablehlo:FILE, with FILE.safetensors. Nothing is overwritten.
 
 What config.json and the tensors do not tell, such as the number of heads of a bare file of timm's, is asked for:
---config.model.num_heads=12. The same way any field of the model, and data.mean, data.std and data.eval_crop_fraction,
-can be set. Read are ViT, DeiT III, DINOv2 with and without registers, DINOv3, SigLIP and SigLIP 2 (fixed sizes and
-NaFlex), InternViT and EVA-02, whichever of their layouts fits; --layout NAME says which.
+--config.model.num_heads=12. The same way any field of the model, and data.mean, data.std, data.eval_crop_fraction and
+data.eval_resize, can be set. Read are ViT, DeiT III, DINOv2 with and without registers, DINOv3, SigLIP and SigLIP 2
+(fixed sizes and NaFlex), InternViT and EVA-02, whichever of their layouts fits; --layout NAME says which.
 
 The model is spread over all devices here. Parameters are kept in fp32.
 """
@@ -40,7 +40,6 @@ from vit22b.model_config import ModelConfig
 
 FIELDS = {"model": ModelConfig, "data": DataConfig}
 NEEDED = {int: "an integer", bool: "true or false", float: "a number"}
-PREPROCESSING = ("mean", "std", "eval_crop_fraction")
 ASKED = {"mean": "(0.5,0.5,0.5)", "std": "(0.5,0.5,0.5)", "eval_crop_fraction": "0.875"}  # with examples
 
 
@@ -73,9 +72,9 @@ def split_override(word: str) -> tuple[str, str, str]:
     """'--config.model.depth=2' as its three parts."""
     name, equals, text = word.partition("=")
     section, _, field = name.removeprefix("--config.").partition(".")
-    known = {"model": [f.name for f in dataclasses.fields(ModelConfig)], "data": list(PREPROCESSING)}
+    known = {"model": [f.name for f in dataclasses.fields(ModelConfig)], "data": list(weights.PREPROCESSING)}
     if not name.startswith("--config.") or not equals or field not in known.get(section, []):
-        fields = ", ".join(f"data.{each}" for each in PREPROCESSING)
+        fields = ", ".join(f"data.{each}" for each in weights.PREPROCESSING)
         raise RecipeError(f"{word}: not a flag; fields are those of the model and {fields}, as --config.model.depth=2")
     return section, field, text
 
@@ -120,7 +119,7 @@ def read(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]) ->
         more = ", ".join(f"{source}@{each}" for each in frozen.members(folder)[1:])
         if more and not member:
             print(f"{source}: is that run's first model; there are more: {more}")
-        return model, {name: getattr(recipe.data, name) for name in PREPROCESSING} | overrides["data"]
+        return model, {name: getattr(recipe.data, name) for name in weights.PREPROCESSING} | overrides["data"]
     opened = weights.open_source(source, arguments.layout, overrides["model"])
     data = opened.preprocessing | overrides["data"]
     for name, example in ASKED.items():

@@ -5,9 +5,10 @@
 
 --model: a work directory, of a run of several students one of them as RUN@NAME; weights of other libraries as
 launch/convert.py reads them; or random:RECIPE.py[:ARGUMENT], an untrained model, which others can be compared with.
-Features are extracted once, by all devices here, and kept in the work directory; the same command again goes on where
-it was stopped. Settings are chosen on a part of the training set that is held out, then trained again on all of it, and
-reported on --val.
+How its images are made, --mean, --std, --eval_crop_fraction and --eval_resize, follows from it; what no file tells, as
+of an npz file, is asked for. Features are extracted once, by all devices here, and kept in the work directory; the same
+command again goes on where it was stopped. Settings are chosen on a part of the training set that is held out, then
+trained again on all of it, and reported on --val.
 
 --protocol: sweep (features stored; minutes), logistic (scikit-learn's logistic regression of stored features), or
 vit22b, dinov2, dinov3 (SGD on new crops in each epoch). Each sets defaults that other flags override; --FLAG=VALUE sets
@@ -33,6 +34,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # of a GPU, as 
 import jax
 
 from distill import convert, weights
+from launch.command_line import writable_folder
 from launch.tpu import join_cluster, keep_compiled_programs
 from vit22b import frozen, sharding
 from vit22b.config import DataConfig, MeshConfig
@@ -42,7 +44,10 @@ from vit22b.memory import check_parameter_memory
 from vit22b.model import ViT, abstract_model
 from vit22b.probing.config import ProbeConfig, protocol_fields, typed
 from vit22b.probing.encoder import encoder_of
-from vit22b.probing.run import probe
+from vit22b.probing.run import note, probe
+
+# What cannot be guessed of a model's images; the examples are what big_vision does for most of its models.
+PREPROCESSING_ASKED = {"mean": "0.5,0.5,0.5", "std": "0.5,0.5,0.5", "eval_crop_fraction": "0.875"}
 
 
 def parse(argv: list[str]) -> ProbeConfig:
@@ -61,9 +66,9 @@ def parse(argv: list[str]) -> ProbeConfig:
             text = following
         # What other flags take after a comma, a set's own description has there.
         given[name] = (*given.get(name, ()), text) if name == "also" else typed(name, text)
-    preset = protocol_fields(given.get("protocol", "sweep"))
     required = dict.fromkeys(("model", "train", "val"), "")
-    config = ProbeConfig(**required | preset | given)
+    batch_size = ProbeConfig(**required | given).batch_size
+    config = ProbeConfig(**required | protocol_fields(given.get("protocol", "sweep"), batch_size) | given)
     config.validate()
     return config
 
@@ -77,34 +82,35 @@ def run(config: ProbeConfig) -> None:
         check(size % count == 0, f"--{name}", size, f"must be a multiple of the {count} devices")
     keep_compiled_programs(devices[0].platform)
     shape = sharding.mesh_shape(MeshConfig(), count)
-    workdir = Path(
-        config.workdir or Path("runs") / f"probe-{Path(config.model.partition(':')[2] or config.model).name}"
-    )
+    name = Path(config.model.partition(":")[2] or config.model).name
+    workdir = writable_folder(config.workdir or f"runs/probe-{name}")
     with jax.set_mesh(sharding.make_mesh(shape, devices)):
-        model, data = load(config.model, config.dtype)
-        print(f"{config.model}: width {model.config.width}, depth {model.config.depth}; results go to {workdir}")
+        given = {name: getattr(config, name) for name in weights.PREPROCESSING if getattr(config, name)}
+        model, data = load(config.model, config.dtype, given)
+        note(f"{config.model}: width {model.config.width}, depth {model.config.depth}; results go to {workdir}")
         probe(encoder_of(model, data, config), config, workdir)
 
 
-def load(name: str, matmul: str) -> tuple[ViT, DataConfig]:
-    """A model to be used as it is, on the mesh in force, and how its images are made. Raises `RecipeError`."""
+def load(name: str, matmul: str, given: dict[str, Any]) -> tuple[ViT, DataConfig]:
+    """A model to be used as it is, on the mesh in force, and how its images are made. Raises `RecipeError`.
+
+    `given` are fields of `DataConfig` that win over what the model's recipe or files say.
+    """
     if name.split(":")[0] in weights.LIBRARIES:
         source = weights.open_source(name)
         source = dataclasses.replace(source, config=frozen_config(source.config, matmul))
-        missing = [each for each in ("mean", "std") if each not in source.preprocessing]
-        if missing:
-            raise RecipeError(
-                f"--model={name}: no file tells data.{missing[0]}; use launch/convert.py, which asks for it"
-            )
+        data = source.preprocessing | given
+        missing = [f"--{each}={example}" for each, example in PREPROCESSING_ASKED.items() if each not in data]
+        check(not missing, "--model", name, f"no file tells how images are made; give it, as in {' '.join(missing)}")
         abstract = abstract_model(source.config)
         check_parameter_memory(abstract, "--model", name, "fp32")
         model = jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), convert.load(source), placed(abstract))
-        return model, DataConfig(train="", validation="", **source.preprocessing)
+        return model, DataConfig(train="", validation="", **data)
     recipe = frozen.recipe_of("--model", name)
     config = frozen_config(recipe.model, matmul)
     abstract = placed(abstract_model(config))
     check_parameter_memory(abstract, "--model", name, matmul)
-    return frozen.load("--model", name, abstract, seed=0), recipe.data
+    return frozen.load("--model", name, abstract, seed=0), dataclasses.replace(recipe.data, **given)
 
 
 def main() -> int:

@@ -125,6 +125,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "class_token": True,
             "pool": "cls_gap",
             "final_norm": "none",
+            "overlap": "halves",
         },
         "optim": {},
         "data": {"crop": "resize", "train_images": 1_000},

@@ -1,5 +1,6 @@
 """The analytic model of a step against recorded steps, sums by hand, and what JAX keeps for gradients."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -135,6 +136,16 @@ def test_only_hidden_communication_shorter_than_compute_is_free() -> None:
     assert step(13.0, 2.0).step_s == 15.0
     assert step(13.0, 2.0).communication_s == 15.0
     assert step(13.0, 2.0).exposed_s == 5.0
+
+
+@pytest.mark.parametrize(("changes", "hides"), [({}, True), ({"scan_unroll": 1}, False), ({"remat": "full"}, False)])
+def test_halves_hide_what_goes_over_model_where_turns_go_on_through_the_layers(changes: dict, hides: bool) -> None:
+    halves = recipe(**{"overlap": "halves", "scan_unroll": 99, "remat": "none", **changes})
+    found = estimate(halves, H200, (1, 1, 2), devices_per_node=8)
+    assert {t.hidden for t in found.traffic} == {hides}
+    plain = dataclasses.replace(halves, model=dataclasses.replace(halves.model, overlap="none"))
+    others = estimate(plain, H200, (1, 1, 2), devices_per_node=8).traffic
+    assert [(t.kind, t.bytes) for t in found.traffic] == [(t.kind, t.bytes) for t in others]
 
 
 CASES: list[tuple[Shape, dict]] = [

@@ -117,6 +117,17 @@ def test_evaluation_crop_equals_pillows(height, width, fraction):
     np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.parametrize("fraction", [0.875, 1.0])
+def test_evaluation_of_squares_keeps_no_aspect(fraction):
+    """All of a wide image, squeezed, of which the border is cut off."""
+    image, side = photo(30, 90), round(64 / fraction)
+    border = (side - 64) // 2
+    squeezed = np.asarray(Image.fromarray(image).resize((side, side), Image.BICUBIC))
+    expected = squeezed[border : border + 64, border : border + 64]
+    result = augment.eval_image(image, config(eval_crop_fraction=fraction, eval_resize="square"), 64)
+    np.testing.assert_array_equal(result, expected)
+
+
 UNCHANGED_BY_MAGNITUDE = ("autocontrast", "equalize", "invert")
 
 

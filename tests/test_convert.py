@@ -44,6 +44,7 @@ ROPE = {"position": "rope", "num_classes": 1}
 SIGLIP = SEQUENTIAL | BIASES | {"num_classes": 1}
 INTERNVIT = {"block": "sequential", "norm": "rms", "qk_norm": "width", "proj_bias": True, "mlp": "gelu"} | CLASS
 INTERNVIT |= SCALED | PLAIN | {"final_norm": "none", "num_classes": 1}
+SQUARE = {"eval_crop_fraction": 1.0, "eval_resize": "square"}  # of preprocessing
 # For each layout configurations that it can express, together with every part that it may have.
 EXPRESSIBLE: dict[str, list[dict[str, Any]]] = {
     "hf-vit": [SEQUENTIAL | BIASES | CLASS | PLAIN, SEQUENTIAL | CLASS | PLAIN | {"num_classes": 1, "mlp_bias": False}],
@@ -393,20 +394,48 @@ def test_which_gelu_a_bare_file_with_attention_pooling_has_is_asked_for() -> Non
         ),
         (
             {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 384, "width": 384}},
-            {}, {"mean": (0.5,) * 3, "std": (0.5,) * 3, "eval_crop_fraction": 1.0},
+            {}, {"mean": (0.5,) * 3, "std": (0.5,) * 3, "eval_crop_fraction": 1.0, "eval_resize": "square"},
         ),
+        ({"size": 224, "feature_extractor_type": "ViTFeatureExtractor"}, {}, SQUARE),
+        ({"image_processor_type": "ViTImageProcessor"}, {}, SQUARE),
+        ({"size": 256, "crop_size": 224, "do_center_crop": True}, {}, SQUARE | {"eval_crop_fraction": 0.875}),
+        (
+            {"size": 448, "crop_size": 448, "do_center_crop": True, "feature_extractor_type": "CLIPFeatureExtractor"},
+            {}, {"eval_crop_fraction": 1.0},
+        ),
+        ({"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 224}}, {}, {}),
+        ({"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 256}, {}, {}),
         (
             {}, {"pretrained_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3], "crop_pct": 0.9}},
             {"mean": (0.1, 0.2, 0.3), "std": (1.0, 2.0, 3.0), "eval_crop_fraction": 0.9},
         ),
+        ({}, {"pretrained_cfg": {"crop_pct": 1, "crop_mode": "squash"}}, SQUARE),
+        ({}, {"pretrained_cfg": {"crop_mode": "center"}}, {"eval_crop_fraction": 0.875}),
         ({}, {}, {}),
     ],
-    ids=["crop", "resize", "timm", "nothing"],
+    ids=["crop", "both", "int", "bare", "squeezed", "short", "open", "naflex", "timm", "squash", "crop-mode", "none"],
 )  # fmt: skip
 def test_preprocessing_is_that_of_the_description(processor: dict, info: dict, expected: dict, tmp_path: Path) -> None:
     if processor:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     assert weights.preprocessing(tmp_path, info) == expected
+
+
+@pytest.mark.parametrize("fraction", [0.875, 1.0])
+@pytest.mark.parametrize("resize", ["square", "short_side"])
+@pytest.mark.parametrize("library", ["hf", "timm"])
+def test_preprocessing_is_read_as_it_was_written(
+    fraction: float, resize: str, library: str, tmp_path: Path, mesh: MeshFactory
+) -> None:
+    data = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "eval_crop_fraction": fraction, "eval_resize": resize}
+    path = tmp_path / ("model" if library == "hf" else "model.safetensors")
+    with mesh():
+        layout = "hf-vit" if library == "hf" else "timm-vit"
+        model = random_model(config_of(EXPRESSIBLE[layout][0]))  # of 32 pixels, which are cut out of 37
+        convert.save(model, library, path, data)
+        found = weights.open_source(f"{library}:{path}").preprocessing
+    assert round(32 / found.pop("eval_crop_fraction")) == round(32 / data.pop("eval_crop_fraction"))
+    assert {"eval_resize": "short_side"} | found == data
 
 
 def test_a_run_is_written_with_its_moving_average(mesh: MeshFactory, tmp_path: Path) -> None:
@@ -435,7 +464,7 @@ def test_the_program_converts_there_and_back(tmp_path: Path, mesh: MeshFactory, 
     work = tmp_path / "work"
     with pytest.raises(RecipeError, match=r"data\.eval_crop_fraction: no file tells it; give it, as in --config\.data"):
         program.run(["--from", spec, "--to", str(work), *statistics])
-    statistics.append("--config.data.eval_crop_fraction=0.8")
+    statistics += ["--config.data.eval_crop_fraction=0.8", "--config.data.eval_resize=square"]
     program.run(["--from", spec, "--to", str(work), *statistics, "--config.model.matmul=bf16"])
     program.run(["--from", str(work), "--to", f"hf:{tmp_path / 'again'}"])
     output = capsys.readouterr().out
@@ -443,6 +472,7 @@ def test_the_program_converts_there_and_back(tmp_path: Path, mesh: MeshFactory, 
     assert "written as hf-siglip" in output
     recipe = read_recipe(work)
     assert recipe.data.std == (0.25, 0.5, 0.75)
+    assert (recipe.data.eval_crop_fraction, recipe.data.eval_resize) == (0.8, "square")
     assert recipe.model == dataclasses.replace(model.config, matmul="bf16")
     first, again = (
         open_tensors(path / "model.safetensors").arrays for path in (tmp_path / "model", tmp_path / "again")
@@ -453,6 +483,7 @@ def test_the_program_converts_there_and_back(tmp_path: Path, mesh: MeshFactory, 
         "mean": (0.5, 0.5, 0.5),
         "std": (0.25, 0.5, 0.75),
         "eval_crop_fraction": 0.8,  # 32 of 40 pixels
+        "eval_resize": "square",
     }
 
 

@@ -264,7 +264,7 @@ def test_a_run_of_several_students_evaluates_each(small: str, teachers: list[str
         ({"teachers": ("nowhere",)}, "nowhere: holds no recipe.json"),
         ({"image_sizes": (10,)}, r"distill.image_sizes=10: .* has patches of 4; try 8"),
         ({"match": "features", "widths": (31,)}, r"distill.widths=31: .* has features of 32"),
-        ({"match": "features"}, r"distill.widths=\(\): needs one number for each of 1 teacher"),
+        ({"match": "features"}, r"distill.widths=\(\): needs one value for each of 1 teacher"),
         ({"teaching": "fixed"}, r"data.mixup=1.0: 0 with distill.teaching='fixed'"),
         ({"teaching": "patient"}, r"distill.teaching=.*function_matching"),
         ({"more_students": ("XXL",)}, r"distill.more_students=.*22B"),

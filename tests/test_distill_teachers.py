@@ -79,13 +79,16 @@ def with_own(name: str, folder: Path, **changes) -> str:
 
 def test_a_teacher_sees_its_own_image_size_and_crop(teachers: list[str], tmp_path: Path) -> None:
     """Fixed teaching shows each the image as its own evaluation does, whatever the student's does."""
-    other = with_own(teachers[1], tmp_path / "other", **{"data.eval_crop_fraction": 0.8})
+    other = with_own(teachers[1], tmp_path / "other", **{"data.eval_crop_fraction": 0.8, "data.eval_resize": "square"})
     given = recipe([teachers[0], other], mixup=0.0, teaching="fixed")
     given = dataclasses.replace(given, model=dataclasses.replace(given.model, image_size=16))
     own = teacher.resolved(given)
     assert own.distill.image_sizes == (8, 8)
     assert own.distill.eval_crop_fractions == (1.0, 0.8)
-    named = dataclasses.replace(given.distill, image_sizes=(12, 8), eval_crop_fractions=(0.5, 1.0))
+    assert own.distill.eval_resizes == ("short_side", "square")
+    named = dataclasses.replace(
+        given.distill, image_sizes=(12, 8), eval_crop_fractions=(0.5, 1.0), eval_resizes=("square", "square")
+    )
     named_recipe = dataclasses.replace(given, distill=named)
     assert teacher.resolved(named_recipe).distill == named
     source, _ = data.open_sources(own)
@@ -97,6 +100,11 @@ def test_a_teacher_sees_its_own_image_size_and_crop(teachers: list[str], tmp_pat
         seen = dataclasses.replace(DATA, eval_crop_fraction=fraction)
         expected = [eval_image(source[data.source_index(j, len(source), 0)][0], seen, 8) for j in range(16)]
         np.testing.assert_array_equal(batch[f"teacher_image_{i}"], expected)
+    wide = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    squeezed = dataclasses.replace(DATA, eval_crop_fraction=0.8, eval_resize="square")
+    found = data.see(wide, own.views()[2], own, 0)
+    np.testing.assert_array_equal(found, eval_image(wide, squeezed, 8))
+    assert not np.array_equal(found, eval_image(wide, dataclasses.replace(DATA, eval_crop_fraction=0.8), 8))
     matching = dataclasses.replace(
         own, data=dataclasses.replace(own.data, mixup=1.0),
         distill=dataclasses.replace(own.distill, teaching="function_matching"),
@@ -229,7 +237,7 @@ def test_a_mesh_that_does_not_divide_all_that_is_trained_is_refused(changes: dic
     [
         ({"teachers": ("runs/a,runs/b",)}, r"distill.teachers=runs/a,runs/b: .* \('runs/a', 'runs/b'\)"),
         ({"teachers": (1,)}, r"distill.teachers=\(1,\): needs work directories"),
-        ({"image_sizes": ("8",)}, r"distill.image_sizes=\('8',\): needs positive integers, as \(1,\)"),
+        ({"image_sizes": ("8",)}, r"distill.image_sizes=\('8',\): needs positive integers"),
         ({"image_sizes": (-8,)}, r"distill.image_sizes=\(-8,\): needs positive integers"),
         ({"weights": ("1",)}, r"distill.weights=\('1',\): needs positive numbers"),
         ({"weights": (0.0,)}, r"distill.weights=\(0.0,\): needs positive numbers"),

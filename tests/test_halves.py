@@ -15,7 +15,7 @@ from vit22b.errors import RecipeError
 from vit22b.halves import Halves, split, take_turns
 from vit22b.model import ViT, abstract_model
 from vit22b.model_config import ModelConfig
-from vit22b.sharding import BY_IMAGE, abstract_mesh, check_divisibility
+from vit22b.sharding import BATCH, BY_IMAGE, abstract_mesh, check_divisibility, concrete
 
 MODEL = ModelConfig(
     width=32, depth=2, mlp_dim=64, num_heads=4, num_classes=8, image_size=8, patch_size=4, matmul="fp32", pool="gap",
@@ -51,6 +51,20 @@ def test_features_are_those_of_the_whole_batch_in_its_order(mesh: MeshFactory) -
             found.append(jax.jit(lambda m, x: m(x, layers=(1, 0)))(model, images))
     for whole, halves in zip(*found, strict=True):
         np.testing.assert_allclose(halves, whole, rtol=0, atol=1e-5)
+
+
+def test_gradients_of_kernels_are_summed_over_data_once_for_both_halves(mesh: MeshFactory) -> None:
+    summed = {}
+    for overlap in ("none", "halves"):
+        config = dataclasses.replace(MODEL, overlap=overlap)
+        with mesh(1, 2, 2) as m:
+            images = jax.ShapeDtypeStruct((8, 8, 8, 3), jnp.float32, sharding=NamedSharding(m, BATCH))
+            gradient = jax.jit(jax.grad(lambda model, x: jnp.sum(model(x).logits)))
+            text = gradient.lower(concrete(abstract_model(config), m), images).compile().as_text()
+        shapes = re.findall(r"f32\[(\d+),(\d+)\]", " ".join(re.findall(r"= (.*?) all-reduce(?:-start)?\(", text)))
+        summed[overlap] = sum(int(rows) * int(columns) for rows, columns in shapes)
+    in_blocks = 2 * (4 * 32 * 32 + 2 * 32 * 64) // 2  # of two layers, split over 'model'
+    assert in_blocks <= summed["halves"] == summed["none"] < 2 * in_blocks
 
 
 @pytest.mark.parametrize(("changes", "turns"), [({}, 2 * 2), ({"block": "sequential"}, 2 * 4)])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from launch import tpu
-from launch.command_line import parse
+from launch.command_line import parse, writable_folder
 from vit22b import memory, sharding, step
 from vit22b.config import Recipe
 from vit22b.errors import RecipeError
@@ -51,6 +51,17 @@ def test_workdir_is_given_by_a_flag():
     assert parse(["tpu.py", "--config", SMOKE])[1] is None
     with pytest.raises(RecipeError, match=r"--workdir=gs://bucket/run: must be a folder of a file system"):
         parse(["tpu.py", "--config", SMOKE, "--workdir", "gs://bucket/run"])
+
+
+def test_a_workdir_that_cannot_be_made_is_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    assert writable_folder(str(tmp_path / "new" / "newer")) == tmp_path / "new" / "newer"
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(RecipeError, match=f"--workdir={path}: {tmp_path / 'file'} is a file; give a folder"):
+            writable_folder(str(path))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # permissions do not bind root
+    with pytest.raises(RecipeError, match=f"--workdir={tmp_path / 'new'}: {tmp_path} may not be written to"):
+        writable_folder(str(tmp_path / "new"))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from benchmarks import probe_speed
+from distill import convert
 from launch import probe
 from recipes import smoke
 from vit22b.config import DataConfig, Recipe
@@ -89,7 +90,7 @@ def test_a_probe_reports_what_its_head_does_on_the_reported_set(encoder, tmp_pat
     among = logits[even][:, ::2].argmax(axis=1) * 2
     assert also["reported"]["metrics"]["examples"] == even.sum()
     assert also["reported"]["metrics"]["top1"] == pytest.approx((among == labels[even]).mean(), abs=0.006)
-    parts = results["decomposition"]
+    parts = results["decomposition"]["parts"]
     total = parts["usability"] + parts["probe_generalization"] + parts["encoder_generalization"]
     assert total == pytest.approx(parts["total"])
     assert "</html>" in (folder / "report.html").read_text()
@@ -223,7 +224,7 @@ def test_flags_that_cannot_work_are_told(flags, says):
         (["--batch_size=60"], "--batch_size=60: must be a multiple of the 8 devices"),
         (["--also=x"], "--also=x: needs NAME=SOURCE"),
         (["--also=x=folder:/nowhere"], "--also=x='folder:/nowhere': /nowhere does not exist"),
-        (["--methods=knn", "--decompose=true"], "--methods=('knn',): a decomposition needs sgd, logistic or ridge"),
+        (["--also=x=digits", "--also=y=digits,labels=/nowhere"], "--also=/nowhere: cannot be read as JSON"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_extracted(encoder, tmp_path, flags, says):
@@ -241,13 +242,54 @@ def test_an_untrained_model_is_that_of_its_recipe(tmp_path, mesh):
         "    return dataclasses.replace(base, model=dataclasses.replace(base.model, depth=1, width=int(width)))\n"
     )
     with mesh(1, 1, 1):
-        found, data = probe.load(f"random:{recipe}:48", "fp32")
+        found, data = probe.load(f"random:{recipe}:48", "fp32", {})
         right = jax.jit(lambda: ViT(found.config, jax.random.key(0)))()
     assert (data, found.config.width) == (smoke.get_config().data, 48)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # compiled in another way
     with pytest.raises(RecipeError, match="there is no recipe nowhere"):
-        probe.load("random:nowhere.py", "fp32")
+        probe.load("random:nowhere.py", "fp32", {})
+
+
+def test_how_images_are_made_is_asked_for_where_no_file_tells(encoder, tmp_path, mesh):
+    """As of weights of big_vision; and what is given wins over a recipe."""
+    shape = {"width": 32, "depth": 1, "mlp_dim": 64, "num_heads": 2, "num_classes": 7, "image_size": 8, "patch_size": 4}
+    biases = {"norm_bias": True, "qkv_bias": True, "proj_bias": True}
+    config = ModelConfig(**shape, **biases, block="sequential", norm="layer", qk_norm="none", matmul="fp32")
+    flags = ["--model=m", "--train=t", "--val=v", "--mean=0.5,0.4,0.3", "--std=1,1,1", "--eval_crop_fraction=0.9"]
+    given = {name: getattr(probe.parse(flags), name) for name in ("mean", "std", "eval_crop_fraction")}
+    name = f"npz:{tmp_path / 'm.npz'}"
+    with mesh():
+        convert.save(jax.jit(lambda: ViT(config, jax.random.key(0)))(), "npz", tmp_path / "m.npz")
+        for known in ({}, {"mean": (0.5, 0.5, 0.5)}):
+            with pytest.raises(RecipeError) as error:
+                probe.load(name, "fp32", known)
+            assert str(error.value).startswith(f"--model={name}: no file tells how images are made; give it, as in --")
+            for flag in given:
+                assert (f" --{flag}=" in str(error.value)) == (flag not in known)
+        for model in (name, str(encoder)):
+            data = probe.load(model, "fp32", given)[1]
+            assert (data.mean, data.std, data.eval_crop_fraction) == ((0.5, 0.4, 0.3), (1, 1, 1), 0.9)
+
+
+@pytest.mark.parametrize(
+    ("text", "argument", "reason"),
+    [
+        ("def get_config(x): return int(x)", "", "TypeError: get_config"),
+        ("def get_config(x): return int(x)", ":ten", "ValueError: invalid literal"),
+        ("def get_config(: pass", "", "SyntaxError: invalid syntax"),
+        ("config = 1", "", "KeyError: 'get_config'"),
+        ("def get_config(): return 1", "", "get_config() must return a Recipe"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_told_in_one_line(tmp_path, text, argument, reason):
+    (tmp_path / "r.py").write_text(text)
+    name = f"random:{tmp_path / 'r.py'}{argument}"
+    with pytest.raises(RecipeError) as error:
+        probe.load(name, "fp32", {})
+    assert str(error.value).startswith(f"--model={name}: ")
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_the_script_exits_with_status_2_and_one_line(tmp_path):

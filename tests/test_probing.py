@@ -73,7 +73,7 @@ def test_features_are_the_named_activations(mesh, final_norm):
     with mesh(data=2):
         model = make_model(config)
         images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
-        names = ("pooled", "cls", "mean", "cls@1", "mean@last2", "mean@2+cls@last3")
+        names = ("pooled", "cls", "mean", "cls@1", "mean@last2", "mean@2+cls@last3", "pixels", "pixels+cls")
         terms = {name: parse_feature(name, config) for name in names}
         found = {name: np.asarray(x) for name, x in see(model, place({"x": images})["x"], terms).items()}
         output = model(place({"x": images})["x"], layers=(0, 1, 2))
@@ -97,10 +97,12 @@ def test_features_are_the_named_activations(mesh, final_norm):
         "cls@1": cls(1),
         "mean@last2": np.concatenate([mean(2), mean(3)], axis=1),
         "mean@2+cls@last3": np.concatenate([mean(2), cls(1), cls(2), cls(3)], axis=1),
+        "pixels": images.reshape(4, -1),
+        "pixels+cls": np.concatenate([images.reshape(4, -1), cls(3)], axis=1),
     }
     for name in names:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
-        assert width(terms[name], config) == found[name].shape[1]
+        assert width(terms[name], config, 8) == found[name].shape[1]
     if final_norm == "pooled":  # the encoder's own pooling is the class token
         np.testing.assert_allclose(found["pooled"], found["cls"], rtol=1e-5, atol=1e-5)
 
@@ -110,6 +112,7 @@ def test_features_are_the_named_activations(mesh, final_norm):
     [
         ("max", "give pooled, cls, mean"),
         ("pooled@2", "give pooled, cls, mean"),
+        ("pixels@2", "or pixels"),
         ("cls+", "'' is none"),
         ("mean@4", "blocks 1 to 3"),
         ("mean@0", "blocks 1 to 3"),
@@ -205,9 +208,32 @@ def test_features_of_something_else_are_refused(mesh, tmp_path):
         encoder = make_encoder()
         with pytest.raises(RecipeError, match=r"have (fingerprint|images)="):
             store.extract(folder, digits("validation"), encoder.recipe, encoder.see, encoder.identity, print)
+        file = folder / "pooled-000000-00000.npy"
+        whole = file.read_bytes()
+        for damaged in (b"", b"half a file", whole[:-9], whole.replace(b"1440", b"1430")):
+            file.write_bytes(damaged)
+            with pytest.raises(RecipeError, match=f"^{file}: is damaged or missing; remove {folder} to extract again$"):
+                extract(folder, make_encoder())
         (folder / "manifest.json").write_text("{")
         with pytest.raises(RecipeError, match="is damaged; remove"):
             extract(folder, make_encoder())
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    """The second begins, and ends, while the first is at work; each replaces the file as a whole."""
+    path, array, save = tmp_path / "pooled-000000-00000.npy", np.arange(1000), np.save
+
+    def interrupted(file, given):
+        monkeypatch.setattr(np, "save", save)
+        file.write(b"half")
+        store._write(path, array)
+        file.seek(0)
+        save(file, given)
+
+    monkeypatch.setattr(np, "save", interrupted)
+    store._write(path, array)
+    np.testing.assert_array_equal(np.load(path), array)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_bf16_features_are_the_rounded_ones(mesh, extracted, tmp_path):
@@ -293,7 +319,8 @@ def test_every_head_of_the_grid_is_what_it_would_be_alone(mesh, devices):
         assert [len(group.settings) for group in groups] == [8, 8]
         for group in groups:
             for h, settings in enumerate(group.settings):
-                kernel, bias = by_numpy(sgd.Setting(**settings), features, rows, GRID)
+                assert settings["steps"] == settings["epochs"] * 61 // 16
+                kernel, bias = by_numpy(sgd.setting_of(settings), features, rows, GRID)
                 np.testing.assert_allclose(np.asarray(group.kernel[h]), kernel, atol=2e-5)
                 np.testing.assert_allclose(np.asarray(group.bias[h]), bias, atol=2e-5)
         setting = sgd.grid(GRID)[3]
@@ -366,7 +393,16 @@ def test_heads_are_measured_as_numpy_does(mesh, dtype):
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_protocol_is_valid(name):
-    dataclasses.replace(CONFIG, **protocol_fields(name)).validate()
+    dataclasses.replace(CONFIG, **protocol_fields(name, 1024)).validate()
+
+
+def test_dinov2s_rates_grow_with_the_batch_as_in_its_code():
+    """13 rates from 1e-5 to 0.1 at a batch of 256; of others' rates we know no such rule."""
+    for batch_size in (128, 256, 1024):
+        rates = protocol_fields("dinov2", batch_size)["learning_rates"]
+        assert len(rates) == 13
+        assert (rates[0], rates[-1]) == pytest.approx((1e-5 * batch_size / 256, 0.1 * batch_size / 256))
+    assert protocol_fields("dinov3", 256) == protocol_fields("dinov3", 1024)
 
 
 @pytest.mark.parametrize(
@@ -404,6 +440,11 @@ def test_a_flag_of_another_type_is_refused(name, text):
         ({"max_iterations": 0}, "--max_iterations=0"),
         ({"select_on": "test"}, "--select_on='test'"),
         ({"approximation": 12.5}, "--approximation=12.5: must be an error"),
+        ({"weight_decays": (0.0, float("nan"))}, "--weight_decays="),
+        ({"mean": (0.5,)}, "--mean="),
+        ({"also": ("a=digits", "b=digits", "a=digits")}, "--also=a: is there twice"),
+        ({"methods": ("few_shot",)}, "--methods=few_shot: few_shot alone chooses no settings"),
+        ({"methods": ("knn",), "decompose": True}, "--methods=knn: a decomposition needs sgd, logistic or ridge"),
     ],
 )
 def test_what_cannot_work_is_refused_by_its_flag(changes, says):

@@ -1,5 +1,7 @@
 """Heads in closed form and nearest neighbours, against scikit-learn and NumPy."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -98,10 +100,17 @@ def test_few_shots_are_regressed_on_standardised_features(mesh, width):
     np.testing.assert_allclose(new @ np.asarray(head.kernel[0]) + np.asarray(head.bias[0]), expected, atol=1e-6)
 
 
-def test_more_shots_than_a_class_has_are_refused(mesh):
-    features = Features({"x": np.eye(5, dtype=np.float32)}, np.array([0, 0, 0, 1, 1], np.int32), 2)
-    with mesh(), pytest.raises(RecipeError, match="--shots=3: class 1 has 2 images"):
-        few_shot(features, "x", np.arange(5), 3, seed=0)
+def test_a_class_with_fewer_images_than_shots_gives_all(mesh):
+    """Five shots of classes with 3 and 9 images: the head is that of the 3, and of one choice of 5 among the 9."""
+    features = Features(random_features(12, 3, 2).columns, np.array([0] * 3 + [1] * 9, np.int32), 2)
+    with mesh():
+        kernel = np.asarray(few_shot(features, "x", np.arange(12), 5, seed=0).kernel)
+        distances = []
+        for drawn in itertools.combinations(range(3, 12), 5):
+            head = few_shot(features, "x", np.array([0, 1, 2, *drawn]), 9, seed=1)  # all of these rows
+            distances.append(np.abs(np.asarray(head.kernel) - kernel).max())
+    least, second = sorted(distances)[:2]
+    assert least < 1e-7 < second
 
 
 def unit(x):

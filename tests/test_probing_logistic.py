@@ -137,15 +137,17 @@ def test_a_class_without_rows_is_not_predicted(mesh):
         np.testing.assert_allclose(probabilities[:, others], expected(features, rows, c).predict_proba(x), atol=1e-3)
 
 
-def test_of_two_classes_both_have_a_kernel(mesh):
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_of_two_classes_with_rows_c_is_scikit_learns(mesh, num_classes):
     features = random_features()
-    features = Features(features.columns, features.labels % 2, 2)
+    features = Features(features.columns, features.labels % 2, num_classes)
     with mesh():
-        heads, *_ = fit(features, np.arange(200), tuple(c / 2 for c in PENALTIES))
-        kernel = np.asarray(heads.kernel)
+        heads, *_ = fit(features, np.arange(200))
+        kernel, bias = np.asarray(heads.kernel), np.asarray(heads.bias)
     for h, c in enumerate(PENALTIES):
         head = expected(features, np.arange(200), c)
-        np.testing.assert_allclose(kernel[h, :, 1] - kernel[h, :, 0], head.coef_[0], atol=5e-5)
+        np.testing.assert_allclose(kernel[h, :, 1] - kernel[h, :, 0], head.coef_[0], atol=1e-3)
+        np.testing.assert_allclose(bias[h, 1] - bias[h, 0], head.intercept_[0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("c", [0.0, -1.0, float("nan"), float("inf")])

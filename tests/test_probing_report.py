@@ -96,6 +96,24 @@ def test_of_several_right_classes_one_that_is_nan_or_impossible_does_not_help() 
     assert second.metrics["loss"] == pytest.approx(np.log(1 + np.exp(-1)))
 
 
+@pytest.mark.parametrize("label", range(CLASSES))
+def test_an_impossible_class_is_never_among_the_first(label: int) -> None:
+    """Of two nearest neighbours with votes for 2 and 4, whatever the numbers of classes without a vote."""
+    logits = np.full((1, CLASSES), -np.inf)
+    logits[0, [2, 4]] = np.log([0.75, 0.25])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = score(logits, np.array([label]), same_classes(CLASSES)).metrics
+        elsewhere = score(
+            logits, np.array([label]), Answers(np.array([[0]], np.int32), False, np.array([0, 1]))
+        ).metrics
+    assert got["top1"] == (label == 2)
+    assert got["top5"] == (label in (2, 4))
+    assert got["loss"] == pytest.approx({2: -np.log(0.75), 4: -np.log(0.25)}.get(label, np.inf))
+    assert got["ece"] == pytest.approx(abs(0.75 - (label == 2)))
+    assert (elsewhere["top1"], elsewhere["loss"], elsewhere["ece"]) == (0, np.inf, 0)
+
+
 def test_certain_and_surely_wrong_predictions_overflow_nowhere() -> None:
     logits = np.where(np.eye(3), 1e4, -1e4).astype(np.float32)
     assert score(logits, np.arange(3), same_classes(3)).metrics["loss"] == 0
@@ -183,7 +201,11 @@ def test_the_interval_is_that_of_the_bootstrap(images: int, right: int) -> None:
     np.testing.assert_allclose([low, high], exact, rtol=0, atol=0.1 * deviation + 1 / images)
     np.testing.assert_allclose([low, high], drawn, rtol=0, atol=0.2 * deviation + 1 / images)
     assert (low, high) == scoring.interval(correct)
-    assert scoring.interval(np.ones(images, bool)) == (1.0, 1.0)
+    # Of all right or all wrong, Wilson's: the shares p that are within 1.96 deviations sqrt(p (1 - p) / n).
+    low, high = scoring.interval(np.ones(images, bool))
+    assert high == 1
+    assert 1 - low == pytest.approx(scipy.stats.norm.ppf(0.975) * np.sqrt(low * (1 - low) / images), rel=1e-6)
+    assert scoring.interval(np.zeros(images, bool)) == pytest.approx((0, 1 - low))
 
 
 def test_confusion_counts_every_image_once() -> None:
@@ -212,7 +234,7 @@ def made_up(**changes: object) -> result.ProbeResult:
         for top1, (rate, decay, epochs) in zip(accuracies, grid, strict=True)
     ]
     knn = [trial(0.75, feature="cls", neighbours=10), trial(0.7, feature="cls", neighbours=np.int64(20))]
-    images = result.ImageSet("folder:/data/<b>birds</b>", 9000, "folder-9000-abc")
+    images = result.ImageSet("folder:/data/<b>birds</b>", 9000, "folder-9000-abc", "def")
     probe = result.ProbeResult(
         model="runs/<mine>",
         model_hash="0123abcd",
@@ -227,9 +249,14 @@ def made_up(**changes: object) -> result.ProbeResult:
             "knn": result.MethodResult(knn, 0, reported(0.9012), 0.5),
             "sgd": result.MethodResult(sgd, 6, reported(0.8642), 12.3),
         },
-        few_shot=[result.FewShot(1, 0.4, [0.38, 0.42]), result.FewShot(5, 0.6, [0.6, 0.6])],
-        further=[result.FurtherSet("real", "folder:/data/real", reported(0.8877))],
-        decomposition={"approximation": None, "usability": 0.08, "probe_generalization": -0.003, "total": 0.14},
+        few_shot=[result.FewShot("mean@2", 1, 0.4, [0.38, 0.42]), result.FewShot("mean@2", 5, 0.6, [0.6, 0.6])],
+        further=[result.FurtherSet("real", images, reported(0.8877))],
+        decomposition=result.ErrorParts(
+            "sgd",
+            sgd[6].settings,
+            {"approximation": None, "usability": 0.08, "probe_generalization": -0.003, "total": 0.14},
+        ),
+        remarks=["of 5 shots, 1 class < 5 images"],
         seconds={"features": 81.26},
     )
     return dataclasses.replace(probe, **changes)
@@ -250,10 +277,60 @@ def test_json_holds_everything_and_round_trips() -> None:
 
 def test_a_score_is_reported_with_its_interval_and_bins() -> None:
     judged = score(LOGITS, LABELS, same_classes(CLASSES))
-    got = result.reported(judged)
+    got = result.reported(judged, ())
     assert got.metrics == judged.metrics
     assert got.interval == scoring.interval(judged.correct_N)
     assert sum(images for images, _, _ in got.bins) == IMAGES
+
+
+def test_what_means_nothing_is_null_a_dash_and_no_figure(tmp_path: Path) -> None:
+    judged = score(LOGITS, LABELS, same_classes(CLASSES))
+    ridge = result.MethodResult(
+        [result.Trial({"feature": "cls", "l2": 1.0}, result.meaningful(judged.metrics, ("loss", "ece")))],
+        0,
+        result.reported(judged, ("loss", "ece")),
+        0.1,
+    )
+    probe = made_up(methods={"ridge": ridge}, further=[])
+    content = json.loads(json.dumps(result.to_json(probe), allow_nan=False))["methods"]["ridge"]
+    for metrics in (content["reported"]["metrics"], content["trials"][0]["metrics"]):
+        assert (metrics["loss"], metrics["ece"]) == (None, None)
+        assert metrics["top5"] == judged.metrics["top5"]
+    (line,) = (line for line in result.table(probe).splitlines() if line.startswith("ridge *"))
+    top5 = f"{100 * judged.metrics['top5']:.2f}"
+    assert re.search(rf" {top5} +– +– +1 ", line)
+    page.write_page(tmp_path / "page.html", probe, np.eye(4, dtype=int), FOLDERS)
+    assert "Reliability" not in (tmp_path / "page.html").read_text()
+    page.write_page(tmp_path / "page.html", made_up(), np.eye(4, dtype=int), FOLDERS)
+    assert "Reliability" in (tmp_path / "page.html").read_text()
+
+
+def test_the_head_whose_error_has_parts_is_named_and_whether_it_is_the_winner(tmp_path: Path) -> None:
+    for winner, other in (("sgd", ""), ("knn", " (not the winner, knn, which is not linear)")):
+        methods = made_up().methods
+        if winner == "knn":
+            better = dataclasses.replace(
+                methods["knn"].trials[0], metrics={"top1": 0.99, "top5": 1, "loss": 0, "ece": 0}
+            )
+            methods = methods | {"knn": dataclasses.replace(methods["knn"], trials=[better])}
+        probe = made_up(methods=methods)
+        assert probe.winner == winner
+        page.write_page(tmp_path / "page.html", probe, np.eye(4, dtype=int), FOLDERS)
+        title = f"Parts of the error of sgd{other}, feature cls, learning_rate 1, weight_decay 0.0001, epochs 10"
+        for lines in (result.table(probe).splitlines(), read(tmp_path / "page.html").texts):
+            assert title in lines
+            assert "Few-shot, mean@2" in lines
+        content = result.to_json(probe)
+        assert content["decomposition"]["method"] == "sgd"
+        assert content["decomposition"]["settings"]["learning_rate"] == 1
+        assert content["few_shot"][0]["feature"] == "mean@2"
+
+
+def test_remarks_are_in_the_table_and_marked_on_the_page(tmp_path: Path) -> None:
+    assert "of 5 shots, 1 class < 5 images" in result.table(made_up()).splitlines()
+    page.write_page(tmp_path / "page.html", made_up(), np.eye(4, dtype=int), FOLDERS)
+    assert '<p class="note">of 5 shots, 1 class &lt; 5 images</p>' in (tmp_path / "page.html").read_text()
+    assert result.to_json(made_up())["remarks"] == ["of 5 shots, 1 class < 5 images"]
 
 
 def test_the_table_lists_the_winner_in_columns() -> None:
@@ -327,7 +404,7 @@ def read(path: Path) -> Reader:
 
 def test_the_page_is_whole_and_shows_names_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
-    names = ["<script>alert(1)</script>", "a & b", "5$ and 6$", "猫"]
+    names = ["<script>alert(1)</script>", "a & b", "5$ and 6$", "猫\udce9"]  # of which the last byte is no UTF-8
     confusion = np.array([[40, 0, 3, 0], [0, 50, 0, 0], [9, 0, 30, 1], [0, 0, 0, 0]])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -339,6 +416,7 @@ def test_the_page_is_whole_and_shows_names_as_they_are(tmp_path: Path) -> None:
     text = "".join(got.texts)
     assert "Probe of runs/<mine>" in text
     assert "folder:/data/<b>birds</b>" in text
+    names[3] = "猫�"
     assert [names[2], names[0], "9", "22.50"] in got.rows
     assert [row[2] for row in got.rows if row[0] in names] == ["9", "3", "1"]
     assert ["learning_rate", "1"] in got.rows

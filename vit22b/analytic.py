@@ -264,7 +264,9 @@ def _communication(recipe: Recipe, chip: Chip, layer: Layer, devices_per_node: i
         rings = 2 * layer.sums
         add("collective-permute", "data", rings * (2 + again), weights / rings, hidden=True)
     else:
-        inputs, outputs, beside = 3 + layer.gates, 2, config.overlap == "halves"
+        inputs, outputs = 3 + layer.gates, 2
+        # Where each layer is a program of its own, halves hide but a part, which is left out.
+        beside = config.overlap == "halves" and config.unrolled and config.remat == "none"
         add("all-gather", "model", layer.sums * (2 + again), stream, hidden=beside)
         # What branches add to the stream, and the gradients through all that read it, are summed together.
         add("reduce-scatter", "model", 2 * layer.sums, stream, hidden=beside)

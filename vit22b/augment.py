@@ -39,11 +39,14 @@ def train_image(image: np.ndarray, config: DataConfig, image_size: int, rng: np.
 
 
 def eval_image(image: np.ndarray, config: DataConfig, image_size: int) -> np.ndarray:
-    """The short side resized to `image_size / eval_crop_fraction`, then the central square; uint8 (S, S, 3)."""
+    """Resized to `image_size / eval_crop_fraction` as `eval_resize` says, then the central square; uint8 (S, S, 3)."""
     height, width = image.shape[:2]
     short = round(image_size / config.eval_crop_fraction)
-    scale = short / min(height, width)
-    image = resize(image, max(round(height * scale), short), max(round(width * scale), short))
+    if config.eval_resize == "square":
+        image = resize(image, short, short)
+    else:
+        scale = short / min(height, width)
+        image = resize(image, max(round(height * scale), short), max(round(width * scale), short))
     top, left = (image.shape[0] - image_size) // 2, (image.shape[1] - image_size) // 2
     return image[top : top + image_size, left : left + image_size]
 

@@ -98,7 +98,8 @@ class DataConfig:
     train_images: int = 0  # so many of the training set, the same for every seed; 0: all
     crop: str = "inception"  # 'inception' [Szegedy 2015]; 'resize'; 'shift': pad by 1/8, crop at random
     min_area: float = 0.05  # inception crop: smallest part of the image's area
-    eval_crop_fraction: float = 0.875  # evaluation resizes the short side to image_size / this, then crops the centre
+    eval_crop_fraction: float = 0.875  # evaluation resizes to image_size / this, then crops the centre
+    eval_resize: str = "short_side"  # to which that applies, keeping the aspect; 'square': to both sides
     flip: bool = True
     augment: str = "none"  # 'none', 'randaugment' [Cubuk 2020], 'three_augment' [Touvron 2022]
     randaugment_layers: int = 2
@@ -115,6 +116,7 @@ class DataConfig:
 
     def validate(self) -> None:
         check_choice("data.crop", self.crop, ("inception", "resize", "shift"))
+        check_choice("data.eval_resize", self.eval_resize, ("short_side", "square"))
         check_choice("data.augment", self.augment, ("none", "randaugment", "three_augment"))
         check(0 < self.min_area <= 1, "data.min_area", self.min_area, "must be in (0, 1]")
         check(
@@ -152,6 +154,7 @@ class View:
     name: str
     size: int  # pixels a side
     eval_crop: float = 0.0  # as evaluation, with this `DataConfig.eval_crop_fraction`; 0: as augmentation
+    eval_resize: str = "short_side"  # as evaluation, as `DataConfig.eval_resize`
     stream: int = 0  # views of one stream are cropped and augmented alike
 
 

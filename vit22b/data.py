@@ -158,7 +158,8 @@ def _train_batch(source: Source, recipe: Recipe, size: int, process_index: int, 
 def see(image: np.ndarray, view: View, recipe: Recipe, index: int) -> np.ndarray:
     """A view of sample `index`, uint8 (S, S, 3)."""
     if view.eval_crop:
-        return eval_image(image, dataclasses.replace(recipe.data, eval_crop_fraction=view.eval_crop), view.size)
+        config = dataclasses.replace(recipe.data, eval_crop_fraction=view.eval_crop, eval_resize=view.eval_resize)
+        return eval_image(image, config, view.size)
     entropy = (recipe.seed, index, view.stream) if view.stream else (recipe.seed, index)
     return train_image(image, recipe.data, view.size, np.random.default_rng(entropy))
 
@@ -171,7 +172,13 @@ def _eval_batch(source: Source, recipe: Recipe, size: int, process_index: int, s
         image, label = source[first + position]
         return [see(image, view, recipe, first + position)], label
 
-    view = View(name="image", size=recipe.model.image_size, eval_crop=recipe.data.eval_crop_fraction)
+    config = recipe.data
+    view = View(
+        name="image",
+        size=recipe.model.image_size,
+        eval_crop=config.eval_crop_fraction,
+        eval_resize=config.eval_resize,
+    )
     mask = (np.arange(size) < count).astype(np.float32)
     return _collect(sample, count, size, (view,), recipe.data) | {"mask": mask}
 

@@ -78,8 +78,16 @@ def recipe_of(field: str, name: str) -> Recipe:
         return dataclasses.replace(recipe, model=resized(recipe.model, member)) if further else recipe
     path, _, argument = name.removeprefix(RANDOM).partition(":")
     check(Path(path).is_file(), field, name, f"there is no recipe {path}")
-    get_config = runpy.run_path(path)["get_config"]
-    return get_config(argument) if argument else get_config()
+    try:
+        get_config = runpy.run_path(path)["get_config"]
+        recipe = get_config(argument) if argument else get_config()
+    except RecipeError:
+        raise
+    except Exception as error:  # whatever the recipe's own code raises
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise RecipeError(f"{field}={name}: its get_config({argument!r}) fails ({reason}); mend it") from error
+    check(isinstance(recipe, Recipe), field, name, "get_config() must return a Recipe of vit22b/config.py")
+    return recipe
 
 
 def load(field: str, name: str, abstract: ViT, seed: int) -> ViT:

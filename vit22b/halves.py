@@ -38,13 +38,14 @@ class Halves:
     def through(self, first: list[Sublayer], second: list[Sublayer]) -> None:
         """Takes each half through its own form of the same sublayers."""
         for pair in zip(first, second, strict=True):
+            kernels = pair[0].kernels()  # once for both
             for half, sublayer in enumerate(pair):
                 self.streams[half], (normed,) = sublayer.read(self.streams[half])
                 if self.waiting is not None:
                     other, their, sums = self.waiting
                     normed, sums = jax.lax.optimization_barrier((normed, sums))
                     self._add(other, their, sums)
-                self.waiting = half, sublayer, sublayer.compute([normed])
+                self.waiting = half, sublayer, sublayer.compute([normed], kernels)
 
     def settle(self) -> None:
         """Adds what waits."""

@@ -23,9 +23,9 @@ from vit22b.activations import ACTIVATIONS, STEEPEST
 from vit22b.hardware import is_hopper, runs_triton
 from vit22b.kernels import activations, attention, norms
 from vit22b.kernels.tiles import fits
-from vit22b.linear import KERNEL_IN, column_parallel, kernel_out, read_as, row_parallel
+from vit22b.linear import KERNEL_IN, column_parallel, gathered, kernel_out, read_as, row_parallel
 from vit22b.model_config import ModelConfig
-from vit22b.sharding import HEADS, HIDDEN, SPLIT
+from vit22b.sharding import COLUMN, HEADS, HIDDEN, ROW, SPLIT
 
 
 def new_kernel(key: jax.Array, shape: tuple[int, int], spec: P, config: ModelConfig) -> nnx.Param:
@@ -317,7 +317,7 @@ class MLP(Branch):
 class Sublayer(NamedTuple):
     """Branches that read one norm of the residual stream (B, T, D) and add to it.
 
-    In three stages, between which other work can go on: only `read` and `add` communicate over 'model'.
+    In stages, between which other work can go on: `kernels` communicates over 'data', `read` and `add` over 'model'.
     """
 
     norm: Norm
@@ -328,7 +328,13 @@ class Sublayer(NamedTuple):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD, normed = self.read(x_BTD)
-        return self.add(x_BTD, self.compute(normed))
+        return self.add(x_BTD, self.compute(normed, self.kernels()))
+
+    def kernels(self) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Those that branches read and write with, as `linear.gathered` gives them; not of branches that fp8 fuses."""
+        inward = [w[...] for branch in self._others for w in branch.inputs]
+        outward = [branch.scaled(branch.out) for branch in self._others]
+        return gathered(inward, COLUMN, self.config), gathered(outward, ROW, self.config)
 
     def read(self, x_BTD: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
         """The stream, and its norm as kernels read it: one for each, or for all."""
@@ -338,25 +344,23 @@ class Sublayer(NamedTuple):
         with jax.named_scope("norm"):
             return self.norm.branch_off(x_BTD, together + len(self._fused), read_as(self.config))
 
-    def compute(self, normed: list[jax.Array]) -> jax.Array:
+    def compute(self, normed: list[jax.Array], kernels: tuple[list[jax.Array], list[jax.Array]]) -> jax.Array:
         """What the branches add, but for biases: (B, T, D), perhaps each device's part of a sum; see `linear.PARTS`."""
         config, pallas, outputs = self.config, wants_kernels(self.config), []
         together = len(normed) - len(self._fused)
         with jax.named_scope("norm"):
             length = self.norm.length()  # unused, and not computed, but for fp8
         if self._others:
-            inputs = [(w, branch.region) for branch in self._others for w in branch.inputs]
-            regions = [region for _, region in inputs]
-            ys = column_parallel(normed[:together], [w for w, _ in inputs], regions, config, length, pallas)
+            regions = [branch.region for branch in self._others for _ in branch.inputs]
+            ys = column_parallel(normed[:together], kernels[0], regions, config, length, pallas)
             hidden = []
             for branch in self._others:
                 count = len(branch.inputs)
                 with jax.named_scope(branch.region):
                     hidden.append(branch.hidden(ys[:count], self.rope))
                 ys = ys[count:]
-            outward = [branch.scaled(branch.out) for branch in self._others]
             regions = [branch.region for branch in self._others]
-            outputs.append(row_parallel(hidden, outward, regions, config, pallas))
+            outputs.append(row_parallel(hidden, kernels[1], regions, config, pallas))
         for branch, read_BTD in zip(self._fused, normed[together:], strict=True):
             with jax.named_scope(branch.region):
                 outputs.append(branch.in_fp8(read_BTD, length))

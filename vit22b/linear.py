@@ -11,14 +11,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import get_abstract_mesh, reshard
 
 from vit22b import fp8, ring
-from vit22b.matmul import matmul
+from vit22b.matmul import DTYPES, matmul
 from vit22b.model_config import ModelConfig
-from vit22b.sharding import BATCH, BY_IMAGE, COLUMN, HIDDEN, RESIDUAL, ROW
+from vit22b.sharding import BATCH, BY_IMAGE, HIDDEN, RESIDUAL
 
 KERNEL_IN = P("data", "model")  # (D, K): read by column_parallel
 KERNEL_OUT = P(("model", "data"), None)  # (K, D): read by row_parallel
@@ -63,15 +62,28 @@ def read_as(config: ModelConfig) -> P:
     return P(*BATCH, reduced={"model"})
 
 
+def gathered(kernels: list[jax.Array], spec: P, config: ModelConfig) -> list[jax.Array]:
+    """fp32 kernels as they are multiplied by: whole over 'data' and cast, `spec` being COLUMN or ROW. But rings gather
+    them themselves, and fp8 rounds them first.
+
+    For halves in a type whose gradients, one of each half, are added before they are summed over devices.
+    """
+    if config.matmul == "fp8" or config.overlap == "rings":
+        return kernels
+    if config.overlap == "halves":
+        spec = P(*spec, reduced={"replica", "data"})
+    return [reshard(w.astype(DTYPES[config.matmul]), spec) for w in kernels]
+
+
 def column_parallel(
     xs: list[jax.Array],
-    kernels: list[nnx.Param],
+    kernels: list[jax.Array],
     regions: list[str],
     config: ModelConfig,
     length: jax.Array | None,
     pallas: bool,
 ) -> list[jax.Array]:
-    """`x @ kernel` for each (D, K) kernel: a list of (B, T, K), K split over 'model'.
+    """`x @ kernel` for each (D, K) kernel, `gathered` as COLUMN: a list of (B, T, K), K split over 'model'.
 
     `xs`: the same (B, T, D) for each kernel, or once for all; as `read_as` says. `regions`: for each kernel the scope
     that its matmuls are put under, for profiles. For fp8, `length` is what no row of x exceeds in length, and kernels
@@ -79,35 +91,33 @@ def column_parallel(
     """
     if config.matmul == "fp8":
         assert length is not None
-        return fp8.column(xs[0], length, [w[...] for w in kernels], tuple(regions), pallas)
-    weights = [w[...].astype(xs[0].dtype) for w in kernels]
+        return fp8.column(xs[0], length, kernels, tuple(regions), pallas)
     if config.overlap == "rings":
-        return _column_rings(xs[0], weights)
+        return _column_rings(xs[0], [w.astype(xs[0].dtype) for w in kernels])
     outputs = []
-    for x_BTD, w, region in zip(xs if len(xs) > 1 else xs * len(weights), weights, regions, strict=True):
+    for x_BTD, w, region in zip(xs if len(xs) > 1 else xs * len(kernels), kernels, regions, strict=True):
         with jax.named_scope(region):
-            outputs.append(matmul("btd,dk->btk", x_BTD, reshard(w, COLUMN), HIDDEN))
+            outputs.append(matmul("btd,dk->btk", x_BTD, w, HIDDEN))
     return outputs
 
 
 def row_parallel(
     inputs: list[jax.Array], kernels: list[jax.Array], regions: list[str], config: ModelConfig, pallas: bool
 ) -> jax.Array:
-    """The sum over pairs of `x @ kernel`, (B, T, K) @ (K, D) with K split over 'model': (B, T, D) as `residual` says
-    or as PARTS.
+    """The sum over pairs of `x @ kernel`, (B, T, K) @ (K, D) with K split over 'model', kernels `gathered` as ROW: (B,
+    T, D) as `residual` says or as PARTS.
     """
     if config.matmul == "fp8":
         return fp8.row(inputs, kernels, tuple(regions), pallas)
-    weights = [w.astype(x.dtype) for x, w in zip(inputs, kernels, strict=True)]
     if config.overlap == "rings":
-        return _row_rings(inputs, weights)
+        return _row_rings(inputs, [w.astype(x.dtype) for x, w in zip(inputs, kernels, strict=True)])
     # One product may be what remat=dots keeps: not the whole stream on each device.
     in_parts = len(inputs) > 1 or config.overlap == "halves"
     spec = PARTS if in_parts else residual(inputs[0].shape[0], config)
     outputs = []
-    for x, w, region in zip(inputs, weights, regions, strict=True):
+    for x, w, region in zip(inputs, kernels, regions, strict=True):
         with jax.named_scope(region):
-            outputs.append(matmul("btk,kd->btd", x, reshard(w, ROW), spec))
+            outputs.append(matmul("btk,kd->btd", x, w, spec))
     return functools.reduce(jnp.add, outputs)
 
 

@@ -26,10 +26,10 @@ from vit22b.layers import (
     rope_angles,
     vector,
 )
-from vit22b.linear import column_parallel, read_as, residual, row_parallel, sum_replicas_later
+from vit22b.linear import column_parallel, gathered, read_as, residual, row_parallel, sum_replicas_later
 from vit22b.matmul import DTYPES, matmul
 from vit22b.model_config import ModelConfig
-from vit22b.sharding import BATCH, COLUMN
+from vit22b.sharding import BATCH, COLUMN, ROW
 
 # What a layer keeps for its backward pass; the rest is computed again.
 REMAT = {
@@ -100,14 +100,15 @@ class MAPHead(nnx.Module):
         probe = self.probe[...].astype(x_BTD.dtype)
         query_B1D = jnp.broadcast_to(probe, (x_BTD.shape[0], *probe.shape), out_sharding=BATCH)
         attention, region = self.attention, self.attention.region
-        query, *key_value = attention.inputs
+        query, *key_value = gathered([w[...] for w in attention.inputs], COLUMN, self.config)
         projected = column_parallel([query_B1D], [query], [region], self.config, None, False)
         projected += column_parallel(
             [reshard(x_BTD, read_as(self.config))], key_value, [region] * 2, self.config, None, False
         )
         with jax.named_scope(region):
             hidden = attention.hidden(projected, rope=None)
-        y_B1D = row_parallel([hidden], [attention.out[...]], [region], self.config, False)
+        out = gathered([attention.out[...]], ROW, self.config)
+        y_B1D = row_parallel([hidden], out, [region], self.config, False)
         y_B1D = add_bias(y_B1D, attention.out_bias)
         return Sublayer(self.norm, [self.mlp], self.config)(y_B1D)[:, 0]
 

@@ -35,17 +35,18 @@ NO_LABEL = 65535  # in a JPEG pack
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A source as a recipe asks for it, `data.DEFAULT_SPLIT='TEXT'`; `rest` is what follows the kind in `text`."""
+    """A source as it is asked for, `FIELD='TEXT'`; `rest` is what follows the kind in `text`."""
 
     text: str
     rest: str
     default_split: str
+    field: str  # of a recipe, or a flag
 
     def error(self, remedy: str) -> RecipeError:
-        return RecipeError(f"data.{self.default_split}={self.text!r}: {remedy}")
+        return RecipeError(f"{self.field}={self.text!r}: {remedy}")
 
     def check(self, ok: bool, remedy: str) -> None:
-        check(ok, f"data.{self.default_split}", repr(self.text), remedy)
+        check(ok, self.field, repr(self.text), remedy)
 
     def split(self, given: str, splits: Iterable[str]) -> str:
         """`given`, or the default split if that is ''; raises `RecipeError` unless it is one of `splits`."""
@@ -75,6 +76,7 @@ class Source:
     read: Callable[[int], tuple[np.ndarray | io.BytesIO | str, int]]  # pixels, encoded image or its path; label
     identity: bytes  # what makes it this data set and no other, wherever it lies
     class_names: tuple[str, ...] = ()  # of folders only, where the labels follow from them
+    label_names: tuple[str, ...] = ()  # of tfds only, where labels are numbers, and have a name besides
 
     @property
     def name(self) -> str:
@@ -123,11 +125,11 @@ class _Chosen:
         return self.read(int(self.chosen[index]))
 
 
-def open_source(spec: str, default_split: str, *, image_size: int, num_classes: int) -> Source:
+def open_source(spec: str, default_split: str, *, image_size: int, num_classes: int, flag: str = "") -> Source:
     """Opens `spec`, one of the forms above.
 
-    `default_split`, 'train' or 'validation', is the split if `spec` names none, and the recipe's field in errors.
-    `image_size` and `num_classes` shape the synthetic images only. Raises `RecipeError`.
+    `default_split`, 'train' or 'validation', is the split if `spec` names none. Errors name `flag`, or the recipe's
+    field of the default split. `image_size` and `num_classes` shape the synthetic images only. Raises `RecipeError`.
     """
     kinds: dict[str, Callable[[Request], Source]] = {
         "digits": _digits,
@@ -137,7 +139,7 @@ def open_source(spec: str, default_split: str, *, image_size: int, num_classes: 
         "tfds": _tfds,
     }
     kind, _, rest = spec.partition(":")
-    request = Request(spec, rest, default_split)
+    request = Request(spec, rest, default_split, flag or f"data.{default_split}")
     request.check(kind in kinds, f"unknown kind of source {kind!r}; kinds: {', '.join(kinds)}{_closest(kind, kinds)}")
     try:
         return kinds[kind](request)
@@ -331,5 +333,5 @@ def _tfds(request: Request) -> Source:
     except (ValueError, OSError, RuntimeError) as e:
         raise request.error(f"{str(e).splitlines()[0].rstrip('.')}; splits there: {', '.join(info.splits)}") from e
     read = functools.partial(_read_tfds, examples, image_key, label_key)
-    num_classes = info.features[label_key].num_classes
-    return Source(request, len(examples), num_classes, read, f"{info.full_name} {split}".encode())
+    labels, identity = info.features[label_key], f"{info.full_name} {split}".encode()
+    return Source(request, len(examples), labels.num_classes, read, identity, label_names=tuple(labels.names))

@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,14 @@ def open_workdir(workdir: Path, recipe: Recipe, fingerprints: dict[str, str]) ->
 
 def write_json(path: Path, content: object) -> None:
     """Writes or replaces a file; a kill leaves the old one or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = own_temporary(path)
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.rename(path)
+
+
+def own_temporary(path: Path) -> Path:
+    """Beside `path`, to be renamed to it; no other process writes there, on whichever host."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
 def read_recipe(workdir: Path) -> Recipe:

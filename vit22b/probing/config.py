@@ -23,6 +23,11 @@ class ProbeConfig:
     # The encoder's features.
     features: tuple[str, ...] = ("pooled",)  # see vit22b/probing/features.py
     image_size: int = 0  # pixels a side; 0: the encoder's own
+    # How images are made, as in a recipe's data section; (), 0 and '': as the model's recipe or files say.
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    eval_crop_fraction: float = 0.0
+    eval_resize: str = ""
     dtype: str = "bf16"  # of matmuls and of stored features: 'bf16', 'fp32'
     extract_batch_size: int = 256
     workers: int = 0  # decoding processes; 0: threads of this one
@@ -68,15 +73,25 @@ class ProbeConfig:
             check_choice("--methods", method, METHODS)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "also" and isinstance(value, tuple):
+            if field.name not in ("also", "mean", "std") and isinstance(value, tuple):
                 check(bool(value), f"--{field.name}", "''", "needs at least one value")
                 check(len(set(value)) == len(value), f"--{field.name}", value, "has a value twice")
+        names = [text.partition("=")[0] for text in self.also]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        check(twice is None, "--also", twice, "is there twice; give each set a name of its own")
+        remedy = "few_shot alone chooses no settings; add another method"
+        check(set(self.methods) != {"few_shot"}, "--methods", "few_shot", remedy)
+        ok = not self.decompose or bool({"sgd", "logistic", "ridge"} & set(self.methods))
+        check(ok, "--methods", ",".join(self.methods), "a decomposition needs sgd, logistic or ridge")
+        for name in ("extract_batch_size", "threads", "batch_size", "max_iterations", "shot_seeds"):
+            check(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "must be at least 1")
         for name in ("learning_rates", "epochs", "c", "l2", "neighbours", "shots"):
             ok = all(0 < value < math.inf for value in getattr(self, name))
             check(ok, f"--{name}", getattr(self, name), "must be positive")
-        check(min(self.weight_decays) >= 0, "--weight_decays", self.weight_decays, "must be 0 (off) or positive")
-        for name in ("extract_batch_size", "threads", "batch_size", "max_iterations", "shot_seeds"):
-            check(getattr(self, name) >= 1, f"--{name}", getattr(self, name), "must be at least 1")
+        ok = all(0 <= value < math.inf for value in self.weight_decays)
+        check(ok, "--weight_decays", self.weight_decays, "must be 0 (off) or positive")
+        for name in ("mean", "std"):
+            check(len(getattr(self, name)) in (0, 3), f"--{name}", getattr(self, name), "needs three numbers")
         for name in ("workers", "image_size", "seed"):
             check(getattr(self, name) >= 0, f"--{name}", getattr(self, name), "must not be negative")
         check(self.tolerance > 0, "--tolerance", self.tolerance, "must be positive")
@@ -89,7 +104,7 @@ class ProbeConfig:
 
 
 FEATURES_OF_DINOV2 = ("cls", "cls@last4", "cls+mean", "cls@last4+mean")
-RATES_OF_DINOV2 = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+RATES_OF_DINOV2 = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)  # at a batch of 256
 RATES_OF_DINOV3 = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 # What each changes in the defaults above.
@@ -105,13 +120,12 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "epochs": (10,),
         "weight_decays": (0.0,),
     },
-    # [Oquab 2023] and the authors' code: their 13 rates, for a batch of 256, times 1024 / 256.
+    # [Oquab 2023] and the authors' code: their 13 rates, which grow with the batch (`protocol_fields`).
     "dinov2": {
         "methods": ("sgd",),
         "augment": "crop_flip",
         "features": FEATURES_OF_DINOV2,
         "epochs": (10,),
-        "learning_rates": tuple(4 * rate for rate in RATES_OF_DINOV2),
         "weight_decays": (0.0,),
     },
     # [Simeoni 2025]: class token after the final norm, 15 rates, two decays.
@@ -132,10 +146,13 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
-def protocol_fields(name: str) -> dict[str, Any]:
-    """The fields that a protocol sets; raises `RecipeError` naming those there are."""
+def protocol_fields(name: str, batch_size: int) -> dict[str, Any]:
+    """The fields that a protocol sets for this batch size; raises `RecipeError` naming the protocols there are."""
     check_choice("--protocol", name, tuple(PROTOCOLS))
-    return PROTOCOLS[name] | {"protocol": name}
+    fields = PROTOCOLS[name] | {"protocol": name}
+    if name == "dinov2":
+        fields["learning_rates"] = tuple(rate * batch_size / 256 for rate in RATES_OF_DINOV2)
+    return fields
 
 
 def typed(name: str, text: str) -> Any:

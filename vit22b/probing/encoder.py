@@ -30,7 +30,7 @@ class Encoder:
 
     @property
     def widths(self) -> dict[str, int]:
-        return {name: width(terms, self.config) for name, terms in self.terms.items()}
+        return {name: width(terms, self.config, self.recipe.model.image_size) for name, terms in self.terms.items()}
 
     @functools.cached_property
     def see(self):
@@ -55,6 +55,7 @@ class Encoder:
             "dtype": self.dtype.name,
             "image_size": self.recipe.model.image_size,
             "eval_crop_fraction": data.eval_crop_fraction,
+            "eval_resize": data.eval_resize,
             "mean": list(data.mean),
             "std": list(data.std),
         }

@@ -1,8 +1,9 @@
 """Features of images, by name: what of an encoder's activations a probe gets.
 
-A feature is terms joined by '+', whose vectors are put one behind the other. A term is a pooling, and, but for
-'pooled', optionally of which blocks:
+A feature is terms joined by '+', whose vectors are put one behind the other. A term is a pooling, of 'cls' and 'mean'
+optionally of which blocks:
 
+    pixels        the normalised image itself, which any encoder should be better than
     pooled        the input of the encoder's own classifier: of attention pooling, or whatever the encoder has
     cls           the class token
     mean          the mean of the patches
@@ -14,6 +15,7 @@ what is pooled instead, these get that.
 """
 
 import dataclasses
+import math
 import re
 
 import jax
@@ -25,13 +27,13 @@ from vit22b.model import Output, ViT
 from vit22b.model_config import ModelConfig
 from vit22b.sharding import BATCH
 
-POOLED = "pooled"
+PIXELS, POOLED = "pixels", "pooled"
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    pool: str  # 'pooled', 'cls', 'mean'
-    blocks: tuple[int, ...] = ()  # from 0; of 'pooled' none
+    pool: str  # 'pixels', 'pooled', 'cls', 'mean'
+    blocks: tuple[int, ...] = ()  # from 0; of the first two none
 
 
 def parse_feature(name: str, config: ModelConfig) -> tuple[Term, ...]:
@@ -40,13 +42,13 @@ def parse_feature(name: str, config: ModelConfig) -> tuple[Term, ...]:
 
 
 def _parse_term(text: str, name: str, config: ModelConfig) -> Term:
-    match = re.fullmatch(r"(pooled|cls|mean)(?:@(last)?(\d+))?", text)
-    if match is None or (match[1] == POOLED and match[3]):
+    match = re.fullmatch(r"(pixels|pooled|cls|mean)(?:@(last)?(\d+))?", text)
+    if match is None or (match[1] in (PIXELS, POOLED) and match[3]):
         raise RecipeError(
-            f"--features={name}: {text!r} is none; give pooled, cls, mean, cls@9, mean@last4, or 'cls+mean'"
+            f"--features={name}: {text!r} is none; give pooled, cls, mean, cls@9, mean@last4, 'cls+mean', or pixels"
         )
-    if match[1] == POOLED:
-        return Term(POOLED)
+    if match[1] in (PIXELS, POOLED):
+        return Term(match[1])
     check(
         match[1] != "cls" or config.class_token, "--features", name, "the encoder has no class token; use pooled, mean"
     )
@@ -56,9 +58,10 @@ def _parse_term(text: str, name: str, config: ModelConfig) -> Term:
     return Term(match[1], tuple(range(depth - number, depth)) if match[2] else (number - 1,))
 
 
-def width(terms: tuple[Term, ...], config: ModelConfig) -> int:
-    """Numbers in a feature."""
-    return sum(config.pooled_width if term.pool == POOLED else config.width * len(term.blocks) for term in terms)
+def width(terms: tuple[Term, ...], config: ModelConfig, image_size: int) -> int:
+    """Numbers in a feature of images of that size."""
+    whole = {PIXELS: 3 * image_size**2, POOLED: config.pooled_width}
+    return sum(whole.get(term.pool, config.width * len(term.blocks)) for term in terms)
 
 
 def see(model: ViT, images: jax.Array, features: dict[str, tuple[Term, ...]]) -> dict[str, jax.Array]:
@@ -66,11 +69,13 @@ def see(model: ViT, images: jax.Array, features: dict[str, tuple[Term, ...]]) ->
     terms = {term for of_feature in features.values() for term in of_feature}
     layers = tuple(sorted({block for term in terms for block in term.blocks}))
     output = model(images, layers=layers)
-    vectors = {term: _vector(model, output, term, layers) for term in terms}
+    vectors = {term: _vector(model, images, output, term, layers) for term in terms}
     return {name: jnp.concatenate([vectors[term] for term in of], axis=1) for name, of in features.items()}
 
 
-def _vector(model: ViT, output: Output, term: Term, layers: tuple[int, ...]) -> jax.Array:
+def _vector(model: ViT, images: jax.Array, output: Output, term: Term, layers: tuple[int, ...]) -> jax.Array:
+    if term.pool == PIXELS:
+        return jax.lax.reshape(images, (len(images), math.prod(images.shape[1:])), out_sharding=BATCH)
     if term.pool == POOLED:
         return output.pooled
     assert output.layers is not None

@@ -80,7 +80,8 @@ def grid(method: MethodResult) -> "Figure | None":
     """Top-1 over the two settings with the most values, with axes of their own for each choice of the others."""
     from matplotlib.patches import Rectangle
 
-    values = {name: list(dict.fromkeys(t.settings[name] for t in method.trials)) for name in method.best.settings}
+    names = [name for name in method.best.settings if name != "steps"]  # which follow from the epochs
+    values = {name: list(dict.fromkeys(t.settings[name] for t in method.trials)) for name in names}
     varying = sorted((name for name in values if len(values[name]) > 1), key=lambda name: -len(values[name]))
     if not varying:
         return None
@@ -93,23 +94,30 @@ def grid(method: MethodResult) -> "Figure | None":
         places.append((title, values[down].index(trial.settings[down]), values[across].index(trial.settings[across])))
         grid[places[-1][1:]] = 100 * trial.metrics["top1"]
     rows, columns = len(values[down]), len(values[across])
-    figure, axes = _axes(0.8 + len(grids) * (0.35 + 0.27 * rows), len(grids), sharex=True)
+    step = -(-columns // 15)  # labels at most
+    labels = [_short(text(value), 24) for value in values[across][::step]]
+    slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if columns > 6 else {}
+    below = 0.05 * max(map(len, labels)) if slanted else 0
+    figure, axes = _axes(0.8 + below + len(grids) * (0.35 + 0.27 * rows), len(grids), sharex=True)
     # Settings that fail altogether would leave no difference of colour to the others.
     low, high = np.nanquantile(list(grids.values()), [0.2, 1])
     for axis, (title, grid) in zip(axes, grids.items(), strict=True):
         _cells(axis, np.nan_to_num(np.clip((grid - low) / max(high - low, 1e-9), 0, 1)), grid)
         axis.set_title(title, loc="left")
-        axis.set_yticks(range(rows), map(text, values[down]))
+        axis.set_yticks(range(rows), [_short(text(value), 24) for value in values[down]])
         axis.set_ylabel(down)
         if title == places[method.winner][0]:
             _, row, column = places[method.winner]
             frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor=INK, lw=1.5, clip_on=False)
             axis.add_patch(frame)
-    step = -(-columns // 15)  # labels at most
-    slanted: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if columns > 6 else {}
-    axes[-1].set_xticks(range(0, columns, step), map(text, values[across][::step]), **slanted)
+    axes[-1].set_xticks(range(0, columns, step), labels, **slanted)
     axes[-1].set_xlabel(across)
     return figure
+
+
+def _short(name: str, most: int) -> str:
+    """What leaves a figure its space; `most` is a number of characters."""
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def reliability(bins: list[list[float]]) -> "Figure":
@@ -135,7 +143,7 @@ def confusion(confusion: np.ndarray, names: Sequence[str], block: int) -> "Figur
     _cells(axis, shade, 100 * np.where(share > 0, share, np.nan))
     axis.set(xticks=[], yticks=[], xlabel="taken for", ylabel="class")
     if len(names) <= NAMED:
-        short = [name if len(name) <= 16 else name[:15] + "…" for name in names]
+        short = [_short(name, 16) for name in names]
         size = min(8.0, 250 / len(names))
         axis.set_xticks(range(len(names)), short, size=size, rotation=90 if max(map(len, short)) > 2 else 0)
         axis.set_yticks(range(len(names)), short, size=size)

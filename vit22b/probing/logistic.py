@@ -43,8 +43,9 @@ def fit(
     one after the other, each from 0, so that none depends on which others there are. The rows, (M, D), bf16 or fp32,
     lie on all devices together in their own dtype; arithmetic is fp32.
 
-    scikit-learn differs in two cases. Of two classes it gives only one a kernel, whose optimum at C is that of C / 2
-    here. And it leaves out classes without rows; here, their logits fall until they have no probability left.
+    C is scikit-learn's. Of two classes with rows it penalises a single kernel, the difference of the two here, which
+    costs twice what these do: C is halved to make up. It leaves out classes without rows; here, their logits fall until
+    they have no probability left.
 
     Raises `RecipeError` where a C is not positive.
     """
@@ -53,7 +54,7 @@ def fit(
     column = features.columns[feature]
     x_ND = all_rows(column, rows, column.dtype)
     labels_N = all_rows(features.labels, rows, np.dtype(np.int32))
-    c_H = np.array(inverse_penalties, np.float32)
+    c_H = np.array(inverse_penalties, np.float32) / (2 if len(np.unique(features.labels[rows])) == 2 else 1)
     with jax.default_matmul_precision("highest"):  # products of less precision have another optimum
         kernel_HDC, bias_HC, iterations_H, derivative_H = _fit(
             x_ND, labels_N, len(rows), c_H, tolerance, max_iterations, features.num_classes

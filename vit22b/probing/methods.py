@@ -18,6 +18,8 @@ from vit22b.probing.scoring import same_classes, score
 from vit22b.sources import Source
 from vit22b.train import place
 
+FEW_STEPS = 100  # of SGD: fewer are told
+
 Predictor = Callable[[Features, np.ndarray], np.ndarray]  # logits (M, C), fp32, of rows of any set
 
 
@@ -41,6 +43,10 @@ class Method(Protocol):
         """One setting trained on these rows."""
         ...
 
+    def meaningless(self, settings: dict[str, object]) -> tuple[str, ...]:
+        """Metrics that say nothing about its classifiers with these settings."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearPredictor:
@@ -55,8 +61,12 @@ class LinearPredictor:
 class Linear:
     """A method that gives heads: `train(settings or None for all, features, rows)`."""
 
-    def __init__(self, train: Callable[[dict[str, object] | None, Features, np.ndarray], list[Heads]]) -> None:
-        self._train = train
+    def __init__(
+        self,
+        train: Callable[[dict[str, object] | None, Features, np.ndarray], list[Heads]],
+        meaningless: tuple[str, ...] = (),
+    ) -> None:
+        self._train, self._meaningless = train, meaningless
 
     def candidates(self, train: Features, rows: np.ndarray, judge: Features, judge_rows: np.ndarray) -> list[Candidate]:
         found = []
@@ -69,6 +79,9 @@ class Linear:
     def fit(self, settings: dict[str, object], train: Features, rows: np.ndarray) -> LinearPredictor:
         (group,) = self._train(settings, train, rows)
         return LinearPredictor(group)
+
+    def meaningless(self, settings: dict[str, object]) -> tuple[str, ...]:
+        return self._meaningless
 
 
 class Nearest:
@@ -91,17 +104,33 @@ class Nearest:
         feature, neighbours = str(settings["feature"]), int(str(settings["neighbours"]))
         return lambda features, asked: self._votes(feature, (neighbours,), train, rows, features, asked)[0]
 
+    def meaningless(self, settings: dict[str, object]) -> tuple[str, ...]:
+        # Fewer neighbours than 5 vote for fewer classes than 5, and most classes have no share at all.
+        return ("top5", "loss") if int(str(settings["neighbours"])) < 5 else ()
+
     def _votes(self, feature, neighbours, train, rows, judge, judge_rows) -> np.ndarray:
-        """Logarithms of the classes' shares of the votes, (K, M, C)."""
+        """Logarithms of the classes' shares of the votes, (K, M, C); -inf of a class without."""
         shares = nearest.votes(train, feature, rows, judge, judge_rows, neighbours, self._config.temperature)
-        return np.log(shares + 1e-12)
+        with np.errstate(divide="ignore"):
+            return np.log(shares)
 
 
-def methods(config: ProbeConfig, encoder: Encoder, source: Source, note: Callable[[str], None]) -> dict[str, Method]:
-    """Those of the flags, by name; `source` has the training images, for features that are not stored."""
+def methods(
+    config: ProbeConfig, encoder: Encoder, source: Source, count: int, remark: Callable[[str], None]
+) -> dict[str, Method]:
+    """Those of the flags, by name; `source` has the training images, for features that are not stored.
+
+    Settings are tried on `count` images. `remark` gets what is to be told beside the figures.
+    """
+    steps = sgd.num_steps(min(config.epochs), count, config.batch_size)
+    if "sgd" in config.methods and steps < FEW_STEPS:
+        remark(
+            f"sgd: few steps, {steps} at --epochs={min(config.epochs)} and --batch_size={config.batch_size} "
+            f"on {count:,} images; more epochs or a smaller batch make more"
+        )
 
     def train_sgd(settings: dict[str, object] | None, features: Features, rows: np.ndarray) -> list[Heads]:
-        grid = sgd.grid(config) if settings is None else [sgd.Setting(**settings)]  # type: ignore[arg-type]
+        grid = sgd.grid(config) if settings is None else [sgd.setting_of(settings)]
         names = list(dict.fromkeys(setting.feature for setting in grid))
         stream = (
             augmented_batches(encoder, source, rows, config)
@@ -118,7 +147,7 @@ def methods(config: ProbeConfig, encoder: Encoder, source: Source, note: Callabl
             )
             early = np.sum(derivatives > config.tolerance)
             if early:
-                note(
+                remark(
                     f"logistic: {early} of {len(values)} heads of {feature} not at --tolerance={config.tolerance:g}: "
                     f"derivatives of up to {derivatives.max():.1g}, {iterations.max()} iterations at most"
                 )
@@ -132,7 +161,8 @@ def methods(config: ProbeConfig, encoder: Encoder, source: Source, note: Callabl
     known: dict[str, Method] = {
         "sgd": Linear(train_sgd),
         "logistic": Linear(train_logistic),
-        "ridge": Linear(train_ridge),
+        # Its outputs are regressed on 1 and -1: as logits, they claim a confidence that nobody fitted.
+        "ridge": Linear(train_ridge, meaningless=("loss", "ece")),
         "knn": Nearest(config),
     }
     return {name: known[name] for name in config.methods if name in known}

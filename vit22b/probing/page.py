@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vit22b.probing import figures
-from vit22b.probing.result import HOLDOUT, OPTIMISTIC, ProbeResult, Table, facts, percent, tables, text, trials
+from vit22b.probing.result import (
+    FEW_SHOT,
+    HOLDOUT,
+    PARTS,
+    ProbeResult,
+    Table,
+    cautions,
+    facts,
+    percent,
+    printable,
+    tables,
+    text,
+    trials,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +55,8 @@ def write_page(path: Path, result: ProbeResult, confusion: np.ndarray, class_nam
 
     Without names of the classes, `()`, their numbers serve.
     """
-    names = [str(name) for name in class_names] or [str(number) for number in range(len(confusion))]
+    names = [printable(name) for name in class_names]
+    names += map(str, range(len(names), len(confusion)))
     with figures.look():
         body = "\n".join(_body(result, confusion, names))
     title = html.escape(f"Probe of {result.model}")
@@ -50,7 +64,7 @@ def write_page(path: Path, result: ProbeResult, confusion: np.ndarray, class_nam
     page = (
         f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(printable(page), encoding="utf-8")
 
 
 def _body(result: ProbeResult, confusion: np.ndarray, names: Sequence[str]) -> Iterator[str]:
@@ -59,7 +73,7 @@ def _body(result: ProbeResult, confusion: np.ndarray, names: Sequence[str]) -> I
     methods, *others = tables(result)
     yield f"<h1>Probe of {html.escape(result.model)}</h1>"
     for line in facts(result):
-        yield f'<p class="{"note" if line == OPTIMISTIC else "soft"}">{html.escape(line)}</p>'
+        yield f'<p class="{"note" if line in cautions(result) else "soft"}">{html.escape(line)}</p>'
     yield f'<p class="score">{percent(winner.reported.metrics["top1"])} %</p>'
     yield f"<p>top-1, 95 % interval {percent(low)} – {percent(high)}, by {html.escape(result.winner)}, with</p>"
     yield _html_table(Table("", ["setting", "value"], [[k, text(v)] for k, v in winner.best.settings.items()]))
@@ -69,9 +83,10 @@ def _body(result: ProbeResult, confusion: np.ndarray, names: Sequence[str]) -> I
         yield f"<h2>Settings of {html.escape(name)}</h2>"
         yield _figure(figures.grid(method), f"Top-1 in per cent on {where}; the frame marks the chosen settings.")
         yield _details(trials(method))
-    yield "<h2>Reliability</h2>"
-    caption = "Accuracy by confidence (dots: at the mean confidence), and where the images lie."
-    yield _figure(figures.reliability(winner.reported.bins), caption)
+    if winner.reported.bins:
+        yield "<h2>Reliability</h2>"
+        caption = "Accuracy by confidence (dots: at the mean confidence), and where the images lie."
+        yield _figure(figures.reliability(winner.reported.bins), caption)
     yield "<h2>Confusions</h2>"
     block = -(-len(confusion) // BLOCKS)
     caption = "Part of a class (row) that is taken for another (column), in per cent where there are numbers."
@@ -80,10 +95,10 @@ def _body(result: ProbeResult, confusion: np.ndarray, names: Sequence[str]) -> I
     yield _html_table(_most_confused(confusion, names))
     for other in others:
         yield _section(other)
-        if other.title == "Few-shot":
+        if other.title.startswith(FEW_SHOT):
             yield _figure(figures.few_shot(result), "Dots are single seeds, the line is their mean.")
-        if other.title == "Parts of the error" and result.decomposition is not None:
-            yield _figure(figures.parts(result.decomposition), "Parts that are not known are left out.")
+        if other.title.startswith(PARTS) and result.decomposition is not None:
+            yield _figure(figures.parts(result.decomposition.parts), "Parts that are not known are left out.")
     yield _details(
         Table("All flags", ["flag", "value"], [[name, text(value)] for name, value in result.settings.items()])
     )

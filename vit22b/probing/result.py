@@ -11,6 +11,7 @@ import numpy as np
 from vit22b.probing.scoring import Score, interval
 
 HOLDOUT = "holdout"
+FEW_SHOT, PARTS = "Few-shot", "Parts of the error"  # what titles of tables begin with
 OPTIMISTIC = "Settings were chosen on the reported set itself: its figures are optimistic."
 
 
@@ -19,6 +20,7 @@ class ImageSet:
     source: str
     images: int
     fingerprint: str
+    content: str  # a hash of images, as `vit22b/probing/sets.py` says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Trial:
     """Settings that were tried."""
 
     settings: dict[str, object]  # 'feature' and others
-    metrics: dict[str, float]  # on the set that settings are chosen on: 'top1', 'top5', 'loss', 'ece', 'examples'
+    # On the set that settings are chosen on: 'top1', 'top5', 'loss', 'ece', 'examples'; NaN for what means nothing.
+    metrics: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +38,16 @@ class Reported:
 
     metrics: dict[str, float]  # as of a trial
     interval: tuple[float, float]  # 95 %, of top1
-    bins: list[list[float]]  # of each bin of confidence: images, mean confidence, accuracy
+    bins: list[list[float]]  # of each bin of confidence: images, mean confidence, accuracy; none without an 'ece'
 
 
-def reported(score: Score) -> Reported:
-    return Reported(score.metrics, interval(score.correct_N), score.bins.tolist())
+def reported(score: Score, meaningless: tuple[str, ...]) -> Reported:
+    bins = [] if "ece" in meaningless else score.bins.tolist()
+    return Reported(meaningful(score.metrics, meaningless), interval(score.correct_N), bins)
+
+
+def meaningful(metrics: dict[str, float], meaningless: tuple[str, ...]) -> dict[str, float]:
+    return metrics | dict.fromkeys(meaningless, math.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +64,8 @@ class MethodResult:
 
 @dataclasses.dataclass(frozen=True)
 class FewShot:
-    shots: int  # training images of each class
+    feature: str
+    shots: int  # training images of each class, or all of one that has fewer
     mean: float  # of top1 over seeds
     top1: list[float]  # of each seed
 
@@ -66,8 +75,18 @@ class FurtherSet:
     """A set of --also, under the overall winner."""
 
     name: str
-    source: str
+    images: ImageSet
     reported: Reported
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorParts:
+    """What the error of the best linear method comes from, which need not be the winner."""
+
+    method: str
+    settings: dict[str, object]
+    # 'approximation' (may be None), 'usability', 'probe_generalization', 'encoder_generalization', 'total'.
+    parts: Mapping[str, float | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,9 +103,8 @@ class ProbeResult:
     methods: dict[str, MethodResult]  # at least one
     few_shot: list[FewShot]
     further: list[FurtherSet]
-    # The error's parts, each a float: 'approximation' (may be None), 'usability', 'probe_generalization',
-    # 'encoder_generalization', 'total'.
-    decomposition: Mapping[str, float | None] | None
+    decomposition: ErrorParts | None
+    remarks: list[str]  # what is to be known beside the figures
     seconds: dict[str, float]  # by phase
 
     @property
@@ -119,7 +137,7 @@ class Table:
     rows: list[list[str]]
 
     def is_numeric(self, column: int) -> bool:
-        return all(re.fullmatch(r"([-–\d.,\s]|nan|inf)*", row[column]) for row in self.rows)
+        return all(re.fullmatch(r"([-–\d.,\s]|inf)*", row[column]) for row in self.rows)
 
 
 def facts(result: ProbeResult) -> list[str]:
@@ -128,8 +146,13 @@ def facts(result: ProbeResult) -> list[str]:
     return [
         f"{result.model}, parameters {result.model_hash}, {describe(result.preprocessing)}",
         f"protocol {result.protocol}, settings and method (*) chosen {chosen}, reported on {result.validation.source}",
-        *([OPTIMISTIC] if result.selected_on != HOLDOUT else []),
+        *cautions(result),
     ]
+
+
+def cautions(result: ProbeResult) -> list[str]:
+    """What limits the figures: a line each."""
+    return [*([OPTIMISTIC] if result.selected_on != HOLDOUT else []), *result.remarks]
 
 
 def tables(result: ProbeResult) -> list[Table]:
@@ -149,22 +172,33 @@ def tables(result: ProbeResult) -> list[Table]:
     ]
     few_shot = [[str(few.shots), percent(few.mean), ", ".join(map(percent, few.top1))] for few in result.few_shot]
     further = [
-        [each.name, *score_cells(each.reported), f"{each.reported.metrics['examples']:,}", each.source]
+        [each.name, *score_cells(each.reported), f"{each.reported.metrics['examples']:,}", each.images.source]
         for each in result.further
     ]
-    parts = (result.decomposition or {}).items()
+    parts = result.decomposition.parts.items() if result.decomposition else ()
     error = [[name.replace("_", " "), "–" if part is None else percent(part)] for name, part in parts]
     sets = {"training": result.train, "held out": result.holdout, "reported": result.validation}
+    sets |= {each.name: each.images for each in result.further}
     images = [[name, f"{each.images:,}", each.source, each.fingerprint] for name, each in sets.items() if each]
+    feature = result.few_shot[0].feature if result.few_shot else ""
     found = [
         Table("Methods", ["method", chosen, *scores, "tried", "seconds", "chosen settings"], by_method),
-        Table("Few-shot", ["images per class", "top-1", "of each seed"], few_shot),
+        Table(f"{FEW_SHOT}, {feature}", ["images per class", "top-1", "of each seed"], few_shot),
         Table("Further sets", ["set", *scores, "images", "source"], further),
-        Table("Parts of the error", ["part", "points"], error),
+        Table(f"{PARTS}{of_head(result)}", ["part", "points"], error),
         Table("Images", ["set", "images", "source", "fingerprint"], images),
         Table("Time", ["phase", "seconds"], [[name, f"{value:.1f}"] for name, value in result.seconds.items()]),
     ]
     return [each for each in found if each.rows]
+
+
+def of_head(result: ProbeResult) -> str:
+    """Whose error it is that has parts."""
+    if result.decomposition is None:
+        return ""
+    method = result.decomposition.method
+    other = "" if method == result.winner else f" (not the winner, {result.winner}, which is not linear)"
+    return f" of {method}{other}, {describe(result.decomposition.settings)}"
 
 
 def trials(method: MethodResult) -> Table:
@@ -172,18 +206,27 @@ def trials(method: MethodResult) -> Table:
     rows = []
     for trial in sorted(method.trials, key=lambda trial: -trial.metrics["top1"]):
         top1, top5, loss, ece = (trial.metrics[name] for name in ("top1", "top5", "loss", "ece"))
-        rows.append([*map(text, trial.settings.values()), percent(top1), percent(top5), f"{loss:.4f}", f"{ece:.4f}"])
+        rows.append([*map(text, trial.settings.values()), percent(top1), percent(top5), decimals(loss), decimals(ece)])
     return Table(f"All {len(rows)} tried", [*method.best.settings, "top-1", "top-5", "loss", "ECE"], rows)
 
 
 def score_cells(of: Reported) -> list[str]:
     low, high = of.interval
     top1, top5, loss, ece = (of.metrics[name] for name in ("top1", "top5", "loss", "ece"))
-    return [percent(top1), f"{percent(low)} – {percent(high)}", percent(top5), f"{loss:.4f}", f"{ece:.4f}"]
+    return [percent(top1), f"{percent(low)} – {percent(high)}", percent(top5), decimals(loss), decimals(ece)]
 
 
 def percent(share: float) -> str:
-    return f"{100 * share:.2f}"
+    return "–" if math.isnan(share) else f"{100 * share:.2f}"
+
+
+def decimals(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.4f}"
+
+
+def printable(text: str) -> str:
+    """With replacement characters for what is no text, as names of files may hold."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def describe(settings: Mapping[str, object]) -> str:
@@ -200,7 +243,7 @@ def text(value: object) -> str:
 
 def table(result: ProbeResult) -> str:
     """The result for a terminal: plain text, columns aligned."""
-    return "\n".join([*facts(result), *(line for each in tables(result) for line in ["", *aligned(each)])])
+    return "\n".join([*facts(result), *(line for each in tables(result) for line in ["", each.title, *aligned(each)])])
 
 
 def aligned(of: Table) -> list[str]:

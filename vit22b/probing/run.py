@@ -12,8 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vit22b.data import check_alike
-from vit22b.errors import RecipeError, check
+from vit22b.errors import check
 from vit22b.probing import closed_form, decompose, heads
 from vit22b.probing.config import ProbeConfig
 from vit22b.probing.encoder import Encoder
@@ -21,30 +20,27 @@ from vit22b.probing.heads import Heads
 from vit22b.probing.methods import Linear, LinearPredictor, Method, Predictor, methods
 from vit22b.probing.page import write_page
 from vit22b.probing.result import (
+    ErrorParts,
     FewShot,
     FurtherSet,
     ImageSet,
     MethodResult,
     ProbeResult,
     Trial,
+    meaningful,
+    printable,
     reported,
     table,
     to_json,
 )
 from vit22b.probing.rows import Features
-from vit22b.probing.scoring import Answers, confusion, read_answers, same_classes, score
+from vit22b.probing.scoring import Answers, confusion, same_classes, score, without_examples
+from vit22b.probing.sets import check_labels, content, open_further, open_sources
 from vit22b.probing.store import extract
-from vit22b.sources import Source, open_source
+from vit22b.sources import Source
 from vit22b.workdir import write_json
 
-
-@dataclasses.dataclass(frozen=True)
-class FurtherSource:
-    """A set of --also."""
-
-    name: str
-    source: Source
-    answers: Answers
+PREPROCESSING = ("image_size", "eval_resize", "eval_crop_fraction", "mean", "std")  # of an encoder's identity
 
 
 class Clock:
@@ -63,31 +59,40 @@ class Clock:
 def probe(encoder: Encoder, config: ProbeConfig, workdir: Path) -> ProbeResult:
     """Runs a probe on the mesh in force and writes its results into `workdir`; raises `RecipeError`.
 
-    Everything the flags can be wrong about is checked before the first image is read.
+    What the flags can be wrong about is told before the first image is read, except where labels decide.
     """
-    train_source, val_source = open_sources(config, encoder)
+    settings = dataclasses.asdict(config)
+    image_size = encoder.recipe.model.image_size
+    train_source, val_source = open_sources(config, image_size, encoder.config.num_classes)
     num_classes = max(train_source.num_classes, val_source.num_classes)
-    further = [read_further(text, encoder, num_classes) for text in config.also]
-    known = methods(config, encoder, train_source, note)
-    check(bool(known), "--methods", config.methods, "few_shot alone chooses no settings; add another method")
-    linear = any(isinstance(method, Linear) for method in known.values())
-    check(linear or not config.decompose, "--methods", config.methods, "a decomposition needs sgd, logistic or ridge")
-    clock = Clock()
-    kept = workdir / "features" / features_folder(encoder)
+    further = [open_further(text, train_source, image_size, num_classes) for text in config.also]
+    clock, kept = Clock(), workdir / "features" / features_folder(encoder)
+    images: dict[str, ImageSet] = {}
 
-    def extracted(name: str, source: Source) -> Features:
+    def extracted(name: str, source: Source, answers: Answers) -> Features:
+        images[name] = described(source, content(source))
+        identity = encoder.identity | {"content": images[name].content}
         with clock.phase("extraction"):
-            found = extract(kept / name, source, encoder.recipe, encoder.see, encoder.identity, note)
+            found = extract(kept / name, source, encoder.recipe, encoder.see, identity, note)
+        if answers.by_class:
+            check_labels(source, found.labels)
         return dataclasses.replace(found, num_classes=num_classes)
 
-    train, val = extracted("train", train_source), extracted("val", val_source)
-    others = {each.name: extracted(f"also-{each.name}", each.source) for each in further}
+    same = same_classes(num_classes)
+    train, val = extracted("train", train_source, same), extracted("val", val_source, same)
+    others = {each.name: extracted(f"also-{each.name}", each.source, each.answers) for each in further}
+    untrained = remark_on_untrained(val_source, val, same, train)
+    check(not (untrained and config.decompose), "--decompose", "true", f"needs images of every class; {untrained}")
+    remarks = [untrained, *(remark_on_untrained(s.source, others[s.name], s.answers, train) for s in further)]
+    remarks = [each for each in remarks if each]
 
     everything = np.arange(len(train))
     fit_rows, judge, judge_rows = everything, val, np.arange(len(val))
     if config.select_on == "holdout":
         fit_rows, judge_rows = split(train.labels, config.holdout, config.seed)
         judge = train
+    config = with_possible_neighbours(config, len(fit_rows), remarks)
+    known = methods(config, encoder, train_source, len(fit_rows), remarks.append)
     found: dict[str, MethodResult] = {}
     predictors: dict[str, Predictor] = {}
     confusions: dict[str, np.ndarray] = {}
@@ -101,81 +106,44 @@ def probe(encoder: Encoder, config: ProbeConfig, workdir: Path) -> ProbeResult:
     few_shot = []
     if "few_shot" in config.methods:
         with clock.phase("few_shot"):
-            few_shot = few_shots(config, train, val)
+            few_shot = few_shots(config, train, val, remarks)
     result = ProbeResult(
         model=config.model,
         model_hash=str(encoder.identity["model"]),
-        preprocessing={name: encoder.identity[name] for name in ("image_size", "eval_crop_fraction", "mean", "std")},
+        preprocessing={name: encoder.identity[name] for name in PREPROCESSING},
         protocol=config.protocol,
-        settings=dataclasses.asdict(config),
-        train=described(train_source),
-        holdout=described(train_source.only(judge_rows, judge_rows.tobytes()))
+        settings=settings,
+        train=images["train"],
+        holdout=described(train_source.only(judge_rows, judge_rows.tobytes()), images["train"].content)
         if config.select_on == "holdout"
         else None,
-        validation=described(val_source),
+        validation=images["val"],
         selected_on="holdout" if config.select_on == "holdout" else "validation",
         methods=found,
         few_shot=few_shot,
         further=[],
         decomposition=None,
+        remarks=remarks,
         seconds=clock.seconds,
     )
     winner = predictors[result.winner]
-    result = dataclasses.replace(result, further=[judged(each, others[each.name], winner) for each in further])
+    meaningless = known[result.winner].meaningless(result.methods[result.winner].best.settings)
+    for each in further:
+        features = others[each.name]
+        scored = score(winner(features, np.arange(len(features))), features.labels, each.answers)
+        result.further.append(FurtherSet(each.name, images[f"also-{each.name}"], reported(scored, meaningless)))
     if config.decompose:
         with clock.phase("decomposition"):
             parts = decomposed(config, known, predictors, result, train, val)
-        result = dataclasses.replace(result, decomposition=parts.to_json())
+        result = dataclasses.replace(result, decomposition=parts)
     write(workdir, result, winner, confusions[result.winner], train_source.class_names)
     return result
 
 
-def open_sources(config: ProbeConfig, encoder: Encoder) -> tuple[Source, Source]:
-    """The training and the reported set; raises `RecipeError`."""
-    size, classes = encoder.recipe.model.image_size, encoder.config.num_classes
-    try:
-        train = open_source(config.train, "train", image_size=size, num_classes=classes)
-        val = open_source(config.val, "validation", image_size=size, num_classes=classes)
-        check_alike(train, val)
-    except RecipeError as error:
-        # Sources know themselves by the fields of a recipe.
-        text = str(error).replace("data.train", "--train").replace("data.validation", "--val")
-        raise RecipeError(text) from error
-    for flag, source in (("--train", train), ("--val", val)):
-        check(len(source) > 0, flag, source.name, "has no images")
-    return train, val
-
-
-def read_further(text: str, encoder: Encoder, num_classes: int) -> FurtherSource:
-    """The set that NAME=SOURCE[,labels=FILE|,classes=FILE] describes; raises `RecipeError`."""
-    name, equals, rest = text.partition("=")
-    spec, *options = rest.split(",")
-    ok = bool(equals and spec) and name.isidentifier() and len(options) <= 1
-    check(ok, "--also", text, "needs NAME=SOURCE, NAME=SOURCE,labels=FILE or NAME=SOURCE,classes=FILE; NAME a word")
-    size = encoder.recipe.model.image_size
-    try:
-        source = open_source(spec, "validation", image_size=size, num_classes=num_classes)
-    except RecipeError as error:
-        raise RecipeError(str(error).replace("data.validation", f"--also={name}")) from error
-    if not options:
-        count = source.num_classes
-        found = f"has {count} classes, the training set {num_classes}; say which are which by classes=FILE"
-        check(count == num_classes, "--also", text, found)
-        return FurtherSource(name, source, same_classes(num_classes))
-    kind, _, path = options[0].partition("=")
-    check(
-        kind in ("labels", "classes") and bool(path),
-        "--also",
-        text,
-        "after the comma needs labels=FILE or classes=FILE",
-    )
-    answers = read_answers(kind, path, source.num_classes, source.class_names, len(source), num_classes)
-    return FurtherSource(name, source, answers)
-
-
 def features_folder(encoder: Encoder) -> str:
-    """Of these features; others lie beside them."""
-    return f"{','.join(encoder.terms)}-{encoder.recipe.model.image_size}px-{encoder.dtype.name}"
+    """Of these features, which the manifests in it name: names of many would be too long for a folder's."""
+    names = hashlib.sha256(json.dumps(list(encoder.terms)).encode()).hexdigest()[:8]
+    return f"{names}-{encoder.recipe.model.image_size}px-{encoder.dtype.name}"
 
 
 def split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -211,30 +179,46 @@ def search(
     features, rows = report
     logits, labels = predict(features, rows), features.labels[rows]
     scored = score(logits, labels, same_classes(features.num_classes))
-    trials = [Trial(each.settings, each.metrics) for each in candidates]
-    result = MethodResult(trials, index, reported(scored), time.perf_counter() - start)
+    trials = [Trial(each.settings, meaningful(each.metrics, method.meaningless(each.settings))) for each in candidates]
+    shown = reported(scored, method.meaningless(best.settings))
+    result = MethodResult(trials, index, shown, time.perf_counter() - start)
     return result, predict, confusion(logits, labels, features.num_classes)
 
 
-def few_shots(config: ProbeConfig, train: Features, val: Features) -> list[FewShot]:
-    """The first feature's top-1 from few images of each class; numbers of shots that a class does not have are left."""
-    fewest = int(np.bincount(train.labels)[np.unique(train.labels)].min())
-    found = []
+def remark_on_untrained(source: Source, features: Features, answers: Answers, train: Features) -> str:
+    """How many images cannot be right, as their classes have no training images; '' if none."""
+    count = int(without_examples(features.labels, answers, np.unique(train.labels)).sum())
+    of = f"{source.request.field}: {count:,} of {len(source):,} images are of classes that --train has no images of"
+    return f"{of}, and count as errors" if count else ""
+
+
+def with_possible_neighbours(config: ProbeConfig, count: int, remarks: list[str]) -> ProbeConfig:
+    """With numbers of neighbours that `count` training images have; raises `RecipeError` if none is left."""
+    possible = tuple(each for each in config.neighbours if each <= count)
+    if possible == config.neighbours or "knn" not in config.methods:
+        return config
+    check(bool(possible), "--neighbours", config.neighbours, f"there are {count} training images; give at most as many")
+    left = ", ".join(str(each) for each in config.neighbours if each > count)
+    remarks.append(f"knn: {left} neighbours left out, as {count} images are trained on")
+    return dataclasses.replace(config, neighbours=possible)
+
+
+def few_shots(config: ProbeConfig, train: Features, val: Features, remarks: list[str]) -> list[FewShot]:
+    """The first feature's top-1 from few images of each class, or from all where a class has fewer."""
+    images_of = np.bincount(train.labels)[np.unique(train.labels)]
+    feature, found = config.features[0], []
     for shots in config.shots:
-        if shots > fewest:
-            note(f"few_shot: {shots} shots left out, a class has {fewest} images")
-            continue
+        fewer = int(np.sum(images_of < shots))
+        if fewer:
+            remarks.append(
+                f"few_shot: {fewer} of {len(images_of)} classes have fewer than {shots} images, and give all"
+            )
         top1 = []
         for seed in range(config.shot_seeds):
-            head = closed_form.few_shot(train, config.features[0], np.arange(len(train)), shots, seed)
+            head = closed_form.few_shot(train, feature, np.arange(len(train)), shots, seed)
             top1.append(heads.measure(head, val, np.arange(len(val)))[0].result()["top1"])
-        found.append(FewShot(shots, float(np.mean(top1)), top1))
+        found.append(FewShot(feature, shots, float(np.mean(top1)), top1))
     return found
-
-
-def judged(further: FurtherSource, features: Features, predict: Predictor) -> FurtherSet:
-    logits = predict(features, np.arange(len(features)))
-    return FurtherSet(further.name, further.source.name, reported(score(logits, features.labels, further.answers)))
 
 
 def decomposed(
@@ -244,7 +228,7 @@ def decomposed(
     result: ProbeResult,
     train: Features,
     val: Features,
-) -> decompose.Decomposition:
+) -> ErrorParts:
     """The error of the best linear method's best settings, in parts."""
     linear = {name: method for name, method in known.items() if isinstance(method, Linear)}
     name = max(linear, key=lambda name: result.methods[name].best.metrics["top1"])
@@ -257,33 +241,36 @@ def decomposed(
     trained = config.refit or config.select_on == "val"
     whole = best.head if trained and isinstance(best, LinearPredictor) else fit(np.arange(len(train)))
     approximation = None if math.isnan(config.approximation) else config.approximation
-    return decompose.decompose(whole, fit, train, val, config.seed, approximation)
+    found = decompose.decompose(whole, fit, train, val, config.seed, approximation)
+    return ErrorParts(name, settings, found.to_json())
 
 
-def described(source: Source) -> ImageSet:
-    return ImageSet(source.name, len(source), source.fingerprint())
+def described(source: Source, content: str) -> ImageSet:
+    return ImageSet(source.name, len(source), source.fingerprint(), content)
 
 
 def write(
     workdir: Path, result: ProbeResult, winner: Predictor, confused: np.ndarray, class_names: tuple[str, ...]
 ) -> None:
-    """Results into a folder of their own for each choice of flags; the winner's head too, where it is linear."""
+    """Results into a folder of their own for each choice of flags, model and images; the winner's head, if linear."""
     if jax.process_index() > 0:
         return
-    settings = json.dumps(result.settings, sort_keys=True, default=str)
-    folder = workdir / f"{result.protocol}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
+    sets = [result.train, result.validation, *(each.images for each in result.further)]
+    inputs = [result.settings, result.model_hash, result.preprocessing, [dataclasses.asdict(each) for each in sets]]
+    told = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]
+    folder = workdir / f"{result.protocol}-{told}"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "results.json", to_json(result))
-    write_page(folder / "report.html", result, confused, class_names)
     if isinstance(winner, LinearPredictor):
         head = winner.head
         np.savez(
             folder / "head.npz", feature=head.feature, kernel=np.asarray(head.kernel[0]), bias=np.asarray(head.bias[0])
         )
-    print(table(result))
-    print(f"written: {folder}")
+    note(table(result))
+    write_page(folder / "report.html", result, confused, class_names)
+    note(f"written: {folder}")
 
 
 def note(text: str) -> None:
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print(printable(text), flush=True)

@@ -7,7 +7,7 @@ The files of --also NAME=SOURCE,labels=FILE and NAME=SOURCE,classes=FILE are JSO
               occur here may be predicted (ObjectNet, ImageNet-A, ImageNet-R)
 
 An entry is a class number of the training set; a list of them, any of which is right; or [] or null, which leaves the
-image, or the class's images, out.
+image, or the class's images, out. Class folders count in the order of their names; of integers, where all are.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from vit22b.metrics import NUM_BINS
 
 FLAG = "--also"
 ROWS = 1024  # judged at a time
+Z95 = 1.959964  # a normal variable lies within so many deviations in 95 % of all cases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,12 @@ def _classes(path: str, name: object, entry: object, num_classes: int) -> list[i
     return found
 
 
+def without_examples(labels_N: np.ndarray, answers: Answers, trained_K: np.ndarray) -> np.ndarray:
+    """Which images cannot be right, (N,) bool: those that count, but none of whose right classes is in `trained_K`."""
+    right_NM = answers.of(labels_N)
+    return np.logical_and(np.any(right_NM >= 0, axis=1), ~np.any(np.isin(right_NM, trained_K), axis=1))
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """How good predictions are, over the images that count."""
@@ -103,9 +110,9 @@ class Score:
 def score(logits_NC: np.ndarray, labels_N: np.ndarray, answers: Answers) -> Score:
     """Judges logits of any float dtype; `labels_N` are the set's own.
 
-    Top-k is right if any right class is among the first k of the allowed ones, in the order of vit22b/metrics.py. The
-    loss is -log of the probability that the right classes have together, by a softmax over the allowed ones. Raises
-    `RecipeError` where no image counts.
+    Top-k is right if any right class is among the first k of the allowed ones, in the order of vit22b/metrics.py; a
+    class whose logit is -inf never is. The loss is -log of the probability that the right classes have together, by a
+    softmax over the allowed ones. Raises `RecipeError` where no image counts.
     """
     right_NM = answers.of(labels_N)
     counted = np.flatnonzero((right_NM >= 0).any(axis=1))
@@ -140,29 +147,39 @@ def score(logits_NC: np.ndarray, labels_N: np.ndarray, answers: Answers) -> Scor
 def _judge(logits_BK: np.ndarray, is_right_BK: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Classes ahead of the foremost right one, probability of the winner, and loss: each (B,).
 
-    As on the device, NaN is ahead of everything, and a right class with NaN is behind.
+    As on the device, NaN is ahead of everything, and a right class with NaN is behind. Where all are -inf, the winner's
+    probability is 0.
     """
     logits_BK = logits_BK.astype(np.float64)
-    # Infinities compare as these numbers do. -inf is left for classes that are not right.
-    order_BK = np.clip(logits_BK, -1e300, 1e300)
-    usable_BK = is_right_BK & ~np.isnan(logits_BK)
+    # Infinity compares as this number does. -inf is left for classes that are not right.
+    order_BK = np.minimum(logits_BK, 1e300)
+    usable_BK = np.logical_and(is_right_BK, logits_BK > -np.inf)
+    any_usable_B = usable_BK.any(axis=1)
     foremost_B1 = np.where(usable_BK, order_BK, -np.inf).argmax(axis=1)[:, None]  # of equal ones the first
-    best_B1 = np.where(usable_BK.any(axis=1)[:, None], np.take_along_axis(order_BK, foremost_B1, axis=1), np.nan)
+    best_B1 = np.where(any_usable_B[:, None], np.take_along_axis(order_BK, foremost_B1, axis=1), np.nan)
     not_before_BK = np.arange(logits_BK.shape[1]) >= foremost_B1
     rank_B = (~(order_BK < best_B1) & ~((order_BK == best_B1) & not_before_BK)).sum(axis=1)
     with np.errstate(invalid="ignore", divide="ignore"):  # what is not finite gives NaN or an infinite loss
-        top_B1 = logits_BK.max(axis=1, keepdims=True)
+        top_B1 = np.maximum(logits_BK.max(axis=1, keepdims=True), -1e300)
         total_B = np.exp(logits_BK - top_B1).sum(axis=1)
         right_total_B = np.exp(np.where(is_right_BK, logits_BK, -np.inf) - best_B1).sum(axis=1)
-        return rank_B, 1 / total_B, (top_B1 - best_B1)[:, 0] + np.log(total_B) - np.log(right_total_B)
+        loss_B = (top_B1 - best_B1)[:, 0] + np.log(total_B) - np.log(right_total_B)
+        loss_B = np.where(any_usable_B | np.isnan(total_B), loss_B, np.inf)
+        return rank_B, np.where(total_B == 0, 0, 1 / total_B), loss_B
 
 
 def interval(correct: np.ndarray, seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of the mean of 0s and 1s, (N,) [Efron 1993, chapter 13].
 
     N draws with replacement from them have a binomial number of 1s, which is drawn directly: the same distribution.
+    Where all are equal, every draw is too, which says nothing about other images: there it is Wilson's score interval
+    [Wilson 1927].
     """
-    means = np.random.default_rng(seed).binomial(len(correct), np.mean(correct), resamples) / len(correct)
+    count = len(correct)
+    if correct.all() or not correct.any():
+        reach = Z95**2 / (count + Z95**2)
+        return (1 - reach, 1.0) if correct.all() else (0.0, reach)
+    means = np.random.default_rng(seed).binomial(count, np.mean(correct), resamples) / count
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 

@@ -50,6 +50,11 @@ def grid(config: ProbeConfig) -> list[Setting]:
     return [Setting(*values) for values in combinations]
 
 
+def setting_of(settings: dict[str, object]) -> Setting:
+    """What a head of `train` was trained with; its number of steps follows from the rows."""
+    return Setting(**{field.name: settings[field.name] for field in dataclasses.fields(Setting)})  # type: ignore[arg-type]
+
+
 def train(
     settings: list[Setting],
     stream: Iterator[dict[str, jax.Array]],
@@ -61,8 +66,12 @@ def train(
     """Trains every setting on `stream`, whose batches have each feature, (B, D), and 'label', (B,); B is fixed.
 
     An epoch is `num_images` / B steps; the stream must last for that of the longest setting. Returns the heads of each
-    feature, in the order of `settings`.
+    feature, in the order of `settings`; theirs have 'steps' too.
     """
+
+    def steps_of(setting: Setting) -> int:
+        return num_steps(setting.epochs, num_images, config.batch_size)
+
     states, rates, decays, steps = {}, {}, {}, {}
     of_feature = {
         name: [s for s in settings if s.feature == name] for name in dict.fromkeys(s.feature for s in settings)
@@ -71,12 +80,16 @@ def train(
         states[name] = initial(len(members), widths[name], num_classes, config.seed)
         rates[name] = jnp.array([s.learning_rate for s in members], jnp.float32)
         decays[name] = jnp.array([s.weight_decay for s in members], jnp.float32)
-        steps[name] = jnp.array([num_steps(s.epochs, num_images, config.batch_size) for s in members], jnp.float32)
-    last = num_steps(max(s.epochs for s in settings), num_images, config.batch_size)
-    for step, batch in zip(range(last), stream, strict=False):
+        steps[name] = jnp.array([steps_of(s) for s in members], jnp.float32)
+    for step, batch in zip(range(max(map(steps_of, settings))), stream, strict=False):
         states = update(states, batch, rates, decays, steps, jnp.float32(step), config.momentum)
     return [
-        Heads(name, [dataclasses.asdict(s) for s in members], states[name].kernel, states[name].bias)
+        Heads(
+            name,
+            [dataclasses.asdict(s) | {"steps": steps_of(s)} for s in members],
+            states[name].kernel,
+            states[name].bias,
+        )
         for name, members in of_feature.items()
     ]
 

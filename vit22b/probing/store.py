@@ -26,7 +26,7 @@ from vit22b.hardware import peak_flops
 from vit22b.probing.rows import Features
 from vit22b.sources import Source
 from vit22b.train import local_part, place
-from vit22b.workdir import check_same, write_json
+from vit22b.workdir import check_same, own_temporary, write_json
 
 MANIFEST = "manifest.json"
 CHUNK_ROWS = 16_384  # in the files of a chunk, about: what a kill loses at most
@@ -51,6 +51,11 @@ class Layout:
     def chunks(self) -> int:
         return math.ceil(self.count / (self.batch_size * self.chunk_batches))
 
+    def rows(self, chunk: int) -> int:
+        """In each of a chunk's files."""
+        batches = math.ceil(self.count / self.batch_size) - chunk * self.chunk_batches
+        return min(batches, self.chunk_batches) * self.share
+
     def find(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The number of each row's file, chunk by chunk and in these process by process, and its place there."""
         batch, position = np.divmod(rows, self.batch_size)
@@ -65,7 +70,7 @@ class StoredColumn:
     def __init__(self, folder: Path, name: str, layout: Layout) -> None:
         self._layout = layout
         self._files = [
-            _as_bf16(np.load(file_of(folder, name, chunk, process), mmap_mode="r"))
+            _load(file_of(folder, name, chunk, process), layout.rows(chunk))
             for chunk in range(layout.chunks)
             for process in range(layout.processes)
         ]
@@ -94,6 +99,7 @@ def extract(
 ) -> Features:
     """The features of every image of `source`, unaugmented: from `folder`, where what is missing is added first.
 
+    `folder` is WORKDIR/features/FEATURES/SET.
     `see` makes a batch's features, by name, of uint8 images; `recipe` says how these are made and how many at a time.
     `identity` is what the features depend on: raises `RecipeError` where `folder` has those of something else.
     """
@@ -104,18 +110,18 @@ def extract(
     path = folder / MANIFEST
     if path.exists():
         manifest = read_manifest(path)
-        what = f"--workdir={folder.parent.parent}: its features of {folder.name} have"
+        what = f"--workdir={folder.parents[2]}: its features of {folder.name} have"
         check_same(manifest["identity"], identity, what, f"give another --workdir, or remove {folder}")
         begun = Layout(**manifest["layout"])
         if _first_missing(folder, begun) < begun.chunks and begun != layout:
             raise RecipeError(
-                f"--workdir={folder.parent.parent}: {folder.name} was begun by {begun.processes} processes, "
+                f"--workdir={folder.parents[2]}: {folder.name} was begun by {begun.processes} processes, "
                 f"{begun.batch_size} images at a time; go on with as many, or remove {folder}"
             )
         layout = begun
     else:
-        if folder.exists() and any(folder.iterdir()):
-            raise RecipeError(f"--workdir={folder.parent.parent}: {folder} holds files but no {MANIFEST}; remove it")
+        if folder.exists() and any(each.suffix != ".tmp" for each in folder.iterdir()):
+            raise RecipeError(f"--workdir={folder.parents[2]}: {folder} holds files but no {MANIFEST}; remove it")
         folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             write_json(path, {"identity": identity, "layout": dataclasses.asdict(layout)})
@@ -179,14 +185,22 @@ def _first_missing(folder: Path, layout: Layout) -> int:
 
 def _write(path: Path, array: np.ndarray) -> None:
     """A kill leaves no half of it."""
-    temporary = path.with_suffix(".tmp")
+    temporary = own_temporary(path)
     with open(temporary, "wb") as file:
         np.save(file, array.view(np.uint16) if array.dtype == BF16 else array)
     temporary.rename(path)
 
 
-def _as_bf16(array: np.ndarray) -> np.ndarray:
-    """.npy files know no bf16: its bits lie there as uint16."""
+def _load(path: Path, rows: int) -> np.ndarray:
+    """A file of so many rows, mapped into memory; raises `RecipeError`."""
+    try:
+        array = np.load(path, mmap_mode="r")
+        whole = len(array) == rows
+    except (OSError, ValueError, EOFError, TypeError):
+        whole = False
+    if not whole:
+        raise RecipeError(f"{path}: is damaged or missing; remove {path.parent} to extract again")
+    # .npy files know no bf16: its bits lie there as uint16.
     return array.view(BF16) if array.dtype == np.uint16 else array
 
 
