@@ -1,4 +1,4 @@
-"""What teachers said of views, stored: one pass of the teachers, any number of runs of students.
+"""What teachers said of views, stored: one pass of the teachers, any number of runs of students with one seed.
 
 A view's place in the run's stream of examples, with the recipe's seed, decides its crop, its augmentation and, with
 its step, what it is mixed with. So a cache belongs to a stream: the views of `cached_steps` steps, which training sees
@@ -6,19 +6,19 @@ again, in this order, as often as it takes. A fixed target per image, to which a
 students fit to that over [Beyer 2022, section 3].
 
 In the folder: manifest.json, and for each chunk of steps and each process that wrote it a file of ArrayRecord with a
-record per view: its index in the stream; then, of each teacher, the `top_k` most probable classes and the logarithms
-of their probabilities (what is left is spread evenly over the other classes), or summary and patches in bf16,
-standardised.
+record per view: its index in the stream; then, of each teacher, at the recipe's temperature, the `top_k` most probable
+classes, the logarithms of their probabilities in fp16 and of what all other classes have together in fp32, which is
+spread evenly over these; or summary and patches in bf16, standardised.
 """
 
 import concurrent.futures
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from array_record.python import array_record_module
@@ -31,6 +31,23 @@ MANIFEST = "manifest.json"
 CHUNK_STEPS = 100  # in a file; what a kill loses at most
 GROUP = 64  # records that are compressed together
 INDEX = np.dtype("<u8")
+# Fields of `DistillConfig` that decide what is stored.
+DECIDING = (
+    "teaching",
+    "match",
+    "temperature",
+    "image_sizes",
+    "eval_crop_fractions",
+    "eval_resizes",
+    "widths",
+    "matmul",
+    "top_k",
+    "cached_steps",
+    "statistics_batches",
+)
+OF_LOGITS = ("classes", "log_probs", "others")  # what is stored of a teacher's, as distill/top_classes.py has it
+
+Array = tuple[np.dtype, tuple[int, ...]]  # dtype and shape
 
 
 def identity(recipe: DistillRecipe, fingerprints: dict[str, str]) -> dict[str, object]:
@@ -42,7 +59,7 @@ def identity(recipe: DistillRecipe, fingerprints: dict[str, str]) -> dict[str, o
         if name in ("seed", "batch_size", "model.image_size", "model.patch_size", "model.num_classes")
         or (name.startswith("data.") and not is_resumable(name))
     }
-    for name in ("teaching", "match", "image_sizes", "widths", "matmul", "top_k", "cached_steps", "statistics_batches"):
+    for name in DECIDING:
         decides[f"distill.{name}"] = fields[f"distill.{name}"]
     kept = {name: value for name, value in fingerprints.items() if name != "validation"}
     return json.loads(json.dumps(decides | {f"{name} fingerprint": value for name, value in kept.items()}))
@@ -52,15 +69,17 @@ def identity(recipe: DistillRecipe, fingerprints: dict[str, str]) -> dict[str, o
 class Layout:
     """The arrays of a record, by name as in a batch: dtype and shape of a view's, in order."""
 
-    arrays: dict[str, tuple[np.dtype, tuple[int, ...]]]
+    arrays: dict[str, Array]
 
     @classmethod
     def of(cls, recipe: DistillRecipe) -> "Layout":
-        arrays: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+        arrays: dict[str, Array] = {}
+        number = np.min_scalar_type(recipe.model.num_classes - 1).newbyteorder("<")  # the smallest for all classes
         for i in range(len(recipe.distill.teachers)):
             if recipe.distill.match == "logits":
                 k = recipe.top_k()
-                arrays |= {f"classes_{i}": (np.dtype("<u2"), (k,)), f"log_probs_{i}": (np.dtype("<f2"), (k,))}
+                stored: list[Array] = [(number, (k,)), (np.dtype("<f2"), (k,)), (np.dtype("<f4"), ())]
+                arrays |= {f"{name}_{i}": each for name, each in zip(OF_LOGITS, stored, strict=True)}
             else:
                 width, bf16 = recipe.distill.widths[i], np.dtype(ml_dtypes.bfloat16)
                 arrays |= {f"summary_{i}": (bf16, (width,)), f"patches_{i}": (bf16, (recipe.model.grid**2, width))}
@@ -70,6 +89,10 @@ class Layout:
     def size(self) -> int:
         """Of a record."""
         return INDEX.itemsize + sum(dtype.itemsize * math.prod(shape) for dtype, shape in self.arrays.values())
+
+    def description(self) -> dict[str, object]:
+        """As the manifest has it."""
+        return {name: [dtype.name, *shape] for name, (dtype, shape) in self.arrays.items()}
 
     def pack(self, index: int, view: dict[str, np.ndarray]) -> bytes:
         parts = [np.array(index, INDEX).tobytes()]
@@ -93,18 +116,42 @@ def chunk_path(folder: Path, chunk: int, process: int) -> Path:
     return folder / f"views-{chunk:06d}-{process:05d}.arrayrecord"
 
 
+def chunks(recipe: DistillRecipe, chunk_steps: int) -> list[range]:
+    """The steps in each."""
+    steps = recipe.distill.cached_steps
+    return [range(start, min(start + chunk_steps, steps)) for start in range(0, steps, chunk_steps)]
+
+
+def is_whole(path: Path, views: int) -> bool:
+    """Whether a chunk's file is there with so many records; of one that was cut off, no record can be read."""
+    if not path.exists():
+        return False
+    try:
+        reader = array_record_module.ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()  # which tells what went wrong at the opening
+    except RuntimeError:
+        return False
+    return found == views
+
+
 class Writer:
     """Writes the views of this process; `missing` says which chunks, after a kill, are still to be done."""
 
     def __init__(self, folder: Path, recipe: DistillRecipe, found: dict[str, object]) -> None:
         self._folder, self._recipe, self._layout = folder, recipe, Layout.of(recipe)
         folder.mkdir(parents=True, exist_ok=True)
-        processes = {"processes": jax.process_count(), "chunk_steps": CHUNK_STEPS, "bytes_per_view": self._layout.size}
-        content = {"identity": found, **processes}
+        content = {
+            "identity": found,
+            "processes": jax.process_count(),
+            "chunk_steps": CHUNK_STEPS,
+            "record": self._layout.description(),
+            "bytes_per_view": self._layout.size,
+        }
         path = folder / MANIFEST
         if path.exists():
-            check_same_views(folder, read_manifest(folder)["identity"], found)
-            same = read_manifest(folder)["processes"] == jax.process_count()
+            manifest = read_manifest(folder, found, self._layout)
+            same = manifest["processes"] == jax.process_count()
             check(same, "distill.cache", folder, "was begun by another number of processes; go on with as many")
         elif any(folder.iterdir()):
             raise RecipeError(f"distill.cache={folder}: holds files but no {MANIFEST}; give a new or empty folder")
@@ -117,12 +164,15 @@ class Writer:
 
     def missing(self) -> list[range]:
         """The steps of each chunk that lacks a process's file: for all the same, as teachers need all devices."""
-        steps = self._recipe.distill.cached_steps
-        chunks = [range(start, min(start + CHUNK_STEPS, steps)) for start in range(0, steps, CHUNK_STEPS)]
-        return [chunk for chunk in chunks if not self._is_complete(chunk.start // CHUNK_STEPS)]
-
-    def _is_complete(self, chunk: int) -> bool:
-        return all(chunk_path(self._folder, chunk, process).exists() for process in range(jax.process_count()))
+        count = jax.process_count()
+        return [
+            steps
+            for chunk, steps in enumerate(chunks(self._recipe, CHUNK_STEPS))
+            if not all(
+                is_whole(chunk_path(self._folder, chunk, process), len(steps) * self._recipe.batch_size // count)
+                for process in range(count)
+            )
+        ]
 
     def write(self, steps: range, batches) -> None:
         """A chunk: `batches` gives, for each step, this process's part of the arrays of `Layout`."""
@@ -136,6 +186,8 @@ class Writer:
                 view = {name: array[position] for name, array in batch.items()}
                 writer.write(self._layout.pack(first + position, view))
         writer.close()
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # a machine that dies later may otherwise leave an empty file of the final name
         temporary.rename(path)
 
 
@@ -144,15 +196,17 @@ class Reader:
 
     def __init__(self, folder: Path, recipe: DistillRecipe, found: dict[str, object]) -> None:
         self._folder, self._recipe, self._layout = folder, recipe, Layout.of(recipe)
-        manifest = read_manifest(folder)
-        check_same_views(folder, manifest["identity"], found)
+        manifest = read_manifest(folder, found, self._layout)
         self._processes, self._chunk_steps = manifest["processes"], manifest["chunk_steps"]
-        chunks = range(math.ceil(recipe.distill.cached_steps / self._chunk_steps))
-        paths = (chunk_path(folder, chunk, process) for chunk in chunks for process in range(self._processes))
-        missing = [path.name for path in paths if not path.exists()]
-        check(
-            not missing, "distill.cache", folder, f"is not complete; launch/teach.py goes on with {len(missing)} files"
-        )
+        missing = [
+            path.name
+            for chunk, steps in enumerate(chunks(recipe, self._chunk_steps))
+            for path in (chunk_path(folder, chunk, process) for process in range(self._processes))
+            if not is_whole(path, len(steps) * recipe.batch_size // self._processes)
+        ]
+        some = ", ".join(missing[:3])
+        remedy = f"lacks {len(missing)} whole files ({some}{', ...' * (len(missing) > 3)}); run launch/teach.py again"
+        check(not missing, "distill.cache", folder, remedy)
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="cache")
         self._ahead: dict[int, concurrent.futures.Future] = {}
         self._open: tuple[Path, array_record_module.ArrayRecordReader] | None = None
@@ -173,8 +227,12 @@ class Reader:
         for process in range(first // written, (first + wanted - 1) // written + 1):
             start = max(first - process * written, 0)
             stop = min(first + wanted - process * written, written)
-            reader = self._reader(chunk_path(self._folder, chunk, process))
-            records += reader.read(row * written + start, row * written + stop)
+            path = chunk_path(self._folder, chunk, process)
+            try:
+                records += self._reader(path).read(row * written + start, row * written + stop)
+            except (RuntimeError, IndexError, OSError) as error:
+                remedy = f"{path.name} is damaged; delete it and run launch/teach.py again"
+                raise RecipeError(f"distill.cache={self._folder}: {remedy}") from error
         indices, arrays = self._layout.unpack(records)
         expected = step * batch + first + np.arange(wanted)
         if not np.array_equal(indices, expected):
@@ -187,32 +245,18 @@ class Reader:
         return self._open[1]
 
 
-def read_manifest(folder: Path) -> dict:
+def read_manifest(folder: Path, identity: dict[str, object], layout: Layout) -> dict:
+    """Raises `RecipeError` unless it is a cache's, of this stream of views and these teachers."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        old, record, _, _ = (manifest[name] for name in ("identity", "record", "processes", "chunk_steps"))
     except OSError as error:
         raise RecipeError(f"distill.cache={folder}: has no {MANIFEST}; launch/teach.py makes it") from error
-    except ValueError as error:
-        raise RecipeError(f"distill.cache={folder}: its {MANIFEST} is damaged; give a new folder") from error
-
-
-def check_same_views(folder: Path, old: dict[str, object], new: dict[str, object]) -> None:
-    """Raises `RecipeError` unless a cache is of this stream of views and these teachers."""
-    remedy = "give another folder, or the recipe it was made with"
-    check_same(old, new, f"distill.cache={folder}: is of other views, with", remedy)
-
-
-def most_probable(logits_BC: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Classes (B, k), int32, and their log-probabilities, fp32, in falling order."""
-    log_probs, classes = jax.lax.top_k(jax.nn.log_softmax(logits_BC), k)
-    return classes, log_probs
-
-
-def logits_of(classes_BK: jax.Array, log_probs_BK: jax.Array, num_classes: int) -> jax.Array:
-    """Log-probabilities of all classes (B, C), fp32: what the given ones leave is spread evenly over the others."""
-    count, k = classes_BK.shape
-    log_probs = log_probs_BK.astype(jnp.float32)
-    left = jnp.maximum(1 - jnp.sum(jnp.exp(log_probs), axis=1, keepdims=True), 1e-7)
-    rest = jnp.log(left / max(num_classes - k, 1))
-    full = jnp.broadcast_to(rest, (count, num_classes))
-    return full.at[jnp.arange(count)[:, None], classes_BK.astype(jnp.int32)].set(log_probs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(f"distill.cache={folder}: its {MANIFEST} is not a cache's; give a new folder") from error
+    # A field that only one version of the code has decides nothing.
+    common = old.keys() & identity.keys()
+    what, remedy = f"distill.cache={folder}: is of other views, with", "give another folder, or the recipe it is of"
+    check_same({name: old[name] for name in common}, {name: identity[name] for name in common}, what, remedy)
+    check_same(record, layout.description(), f"distill.cache={folder}: stores something else,", "give a new folder")
+    return manifest

@@ -19,14 +19,17 @@ from distill.layouts import LAYOUTS
 from distill.layouts.tables import Layout, Rule, expand, read, their_shapes, write
 from distill.tensors import write_npz, write_safetensors, write_sharded_safetensors
 from distill.weights import METADATA, Source, checked_rules
-from vit22b.checkpoint import Checkpoints, restore_model
+from vit22b import frozen
+from vit22b.checkpoint import Checkpoints
 from vit22b.config import DataConfig, Recipe
-from vit22b.errors import RecipeError
+from vit22b.errors import RecipeError, check
 from vit22b.model import ViT, abstract_model
 from vit22b.model_config import ModelConfig
 from vit22b.names import named_leaves
 from vit22b.sharding import concrete
-from vit22b.workdir import open_workdir, read_recipe, write_json
+from vit22b.workdir import open_workdir, write_json
+
+SUFFIXES = {"hf": "", "timm": ".safetensors", "npz": ".npz"}  # of files of each library; "": it has folders
 
 
 def load(source: Source, dtype: Any = jnp.float32) -> ViT:
@@ -51,17 +54,26 @@ def load(source: Source, dtype: Any = jnp.float32) -> ViT:
 
 def writable_layout(library: str, config: ModelConfig, name: str | None = None) -> Layout:
     """The layout of that name, or the library's first that can express the configuration; raises `RecipeError`."""
-    names = [name] if name is not None else [each for each in LAYOUTS if each.startswith(f"{library}-")]
-    reasons = []
-    for each in names:
-        if each not in LAYOUTS:
-            raise RecipeError(f"--layout={each}: choose one of {', '.join(LAYOUTS)}")
-        try:
-            LAYOUTS[each].check_expresses(config)
-            return LAYOUTS[each]
-        except RecipeError as error:
-            reasons.append(str(error))
-    raise RecipeError("; ".join(reasons))
+    if name is not None:
+        check(name in LAYOUTS, "--layout", name, f"choose one of {', '.join(LAYOUTS)}")
+        LAYOUTS[name].check_expresses(config)
+        return LAYOUTS[name]
+    fitting = [layout for layout in LAYOUTS.values() if expresses(layout, config)]
+    for layout in fitting:
+        if layout.name.startswith(f"{library}-"):
+            return layout
+    names = ", ".join(each for each in LAYOUTS if each.startswith(f"{library}-"))
+    able = [f"{each}:" for each in SUFFIXES if any(o.name.startswith(f"{each}-") for o in fitting)]
+    remedy = f"use {' or '.join([*able, 'stablehlo:'])}"
+    raise RecipeError(f"--to {library}: none of {names} has such a model (--layout NAME says why); {remedy}")
+
+
+def expresses(layout: Layout, config: ModelConfig) -> bool:
+    try:
+        layout.check_expresses(config)
+    except RecipeError:
+        return False
+    return True
 
 
 def save(
@@ -70,8 +82,10 @@ def save(
     """Writes the model in the layout that fits: a folder for 'hf', one file for 'timm' (with a .json) and 'npz'.
 
     `data`: fields of `DataConfig` on preprocessing, which 'hf' and 'timm' describe too. Raises `RecipeError` where the
-    library has no such model, a parameter of ours has no place in it and is not zero, or the path is taken.
+    library has no such model, a parameter of ours has no place in it and is not zero, or the path is taken, or has a
+    suffix that it could not be read by.
     """
+    check_suffix(library, path)
     config = model.config
     layout = writable_layout(library, config, layout_name)
     rules = checked_rules(layout, config, None)
@@ -117,6 +131,13 @@ def save(
     return layout
 
 
+def check_suffix(library: str, path: Path) -> None:
+    """Raises `RecipeError` for a file's name by which it could not be read back."""
+    suffix = SUFFIXES[library]
+    ok = path.suffix == suffix or not suffix
+    check(ok, "--to", f"{library}:{path}", f"needs a file's name with {suffix}, as {library}:mine{suffix}")
+
+
 def save_workdir(model: ViT, workdir: Path, name: str, data: Mapping[str, Any], origin: str) -> None:
     """Writes the model as a run's folder does: recipe.json, and a checkpoint of step 0 without optimizer state.
 
@@ -139,10 +160,10 @@ def save_workdir(model: ViT, workdir: Path, name: str, data: Mapping[str, Any], 
     checkpoints.wait()
 
 
-def load_workdir(workdir: Path) -> tuple[ViT, Recipe]:
-    """The model of a run, or of converted weights, on the mesh in force."""
-    recipe = read_recipe(workdir)
-    return restore_model(workdir / "checkpoints", concrete(abstract_model(recipe.model), get_mesh())), recipe
+def load_workdir(name: str) -> tuple[ViT, Recipe]:
+    """The model of a run, one of several as RUN@NAME, or of converted weights, on the mesh in force."""
+    recipe = frozen.recipe_of("--from", name)
+    return frozen.load("--from", name, concrete(abstract_model(recipe.model), get_mesh()), seed=0), recipe
 
 
 def check_unplaced(rules: list[Rule], parameters: Mapping[str, jax.Array], layout: Layout) -> None:

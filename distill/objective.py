@@ -1,4 +1,4 @@
-"""The objective of distillation: students' losses on batches that teachers have annotated (distill/teacher.py)."""
+"""The objective of distillation: students' losses on batches that teachers have annotated (distill/teaching.py)."""
 
 from typing import Any
 

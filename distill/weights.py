@@ -16,10 +16,28 @@ from vit22b.errors import RecipeError
 from vit22b.model import abstract_model
 from vit22b.model_config import ModelConfig
 from vit22b.names import named_leaves
-from vit22b.sharding import abstract_mesh, check_model_divisibility
+from vit22b.sharding import abstract_mesh
 
 METADATA = "vit22b"  # key of our own configuration in a safetensors file that we wrote
 LIBRARIES = ("hf", "timm", "npz")
+# What config.json of transformers has under the same meaning as a field of `ModelConfig`, which may stand in for it.
+FIELDS = {
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "intermediate_size": "mlp_dim",
+    "num_attention_heads": "num_heads",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "layer_norm_eps": "norm_epsilon",
+    "qkv_bias": "qkv_bias",
+    "proj_bias": "proj_bias",
+    "mlp_bias": "mlp_bias",
+    "attention_bias": "qkv_bias",
+    "layerscale_value": "layer_scale",
+    "layer_scale_init_value": "layer_scale",
+    "num_register_tokens": "num_registers",
+    "rope_theta": "rope_base",
+}
 PREPROCESSING = ("mean", "std", "eval_crop_fraction", "eval_resize")  # fields of `DataConfig`
 SHORT_SIDE = ("CLIP", "Bit")  # image processors of transformers whose size, as a mere number, is that of the short side
 
@@ -76,12 +94,12 @@ def fetch(library: str, name: str) -> Path:
         raise RecipeError(f"{name}: no such file or folder")
     try:
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise RecipeError(f"{name}: no such folder; to download it run pip install huggingface_hub") from error
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RecipeError(f"{name}: no such folder, and not from the hub ({reason})") from error
 
@@ -117,10 +135,13 @@ def configuration(
     if METADATA in metadata:
         known = {name: value for name, value in json.loads(metadata[METADATA]).items() if name in names}
     else:
+        info = {key: overrides[ours] for key, ours in FIELDS.items() if ours in overrides} | published.info
         try:
-            known = layout.config(published)
+            known = layout.config(Published(info, published.shapes))
         except KeyError as error:
-            raise RecipeError(f"{layout.name}: neither config.json nor the tensors have {error}") from error
+            ours = FIELDS.get(error.args[0])
+            remedy = f"; give --config.model.{ours}=" if ours else ""
+            raise RecipeError(f"{layout.name}: neither config.json nor the tensors have {error}{remedy}") from error
     known |= overrides
     required = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING]
     required += ["image_size", "patch_size", *(name for name, value in known.items() if value is None)]
@@ -138,7 +159,7 @@ def our_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if mesh.empty:
         with use_abstract_mesh(abstract_mesh((1, 1, 1))):
             return our_shapes(config)
-    check_model_divisibility(config, mesh.shape["data"], mesh.shape["model"])
+    config.check_mesh(mesh.shape["data"], mesh.shape["model"])
     return {name: leaf.shape for name, leaf in named_leaves(abstract_model(config)).items()}
 
 

@@ -56,7 +56,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # of a GPU, as 
 import jax
 
 from launch.command_line import flag_parser, parse
-from launch.preparation import for_timing
+from launch.preparation import for_timing, load_teachers
 from launch.tpu import check_on_devices
 from vit22b import data, sharding
 from vit22b.config import Recipe
@@ -99,7 +99,8 @@ def bench(recipe: Recipe, arguments: argparse.Namespace) -> dict[str, object]:
     source = data.open_sources(recipe)[0] if arguments.input == "real" else None
     mesh = sharding.make_mesh(shape, devices)
     with jax.set_mesh(mesh):
-        figures = measure(recipe, mesh, source, arguments.steps, for_timing(recipe))
+        recipe, teachers = load_teachers(recipe)
+        figures = measure(recipe, mesh, source, arguments.steps, for_timing(recipe, teachers))
     return {
         "recipe": recipe.name,
         "arguments": without_json(sys.argv[1:]),

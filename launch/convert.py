@@ -3,8 +3,9 @@
     python launch/convert.py --from hf:facebook/dinov2-base --to runs/dinov2-b
     python launch/convert.py --from runs/mine --to timm:mine.safetensors
 
---from: a work directory; hf:FOLDER_OR_ID, as transformers' save_pretrained writes it or the hub has it; timm:FILE,
-        FOLDER or ID; npz:FILE, as big_vision publishes. Of files in several shards only what a device needs is read.
+--from: a work directory, of a run of several students one of them as RUN@NAME; hf:FOLDER_OR_ID, as transformers'
+        save_pretrained writes it or the hub has it; timm:FILE, FOLDER or ID; npz:FILE, as big_vision publishes. Of
+        files in several shards only what a device needs is read.
 --to:   a work directory, which recipe.json and a checkpoint make; hf:FOLDER; timm:FILE.safetensors, with a .json of
         the class's arguments beside it (distill/layouts/timm.py says how timm builds the model); npz:FILE, as
         big_vision reads it; stablehlo:FILE, with FILE.safetensors. Nothing is overwritten.
@@ -30,9 +31,9 @@ import jax
 
 from distill import convert, stablehlo, weights
 from launch.command_line import flag_parser
-from vit22b import sharding
+from vit22b import frozen, sharding
 from vit22b.config import DataConfig, MeshConfig
-from vit22b.errors import RecipeError
+from vit22b.errors import RecipeError, check
 from vit22b.memory import check_parameter_memory
 from vit22b.model import ViT, abstract_model
 from vit22b.model_config import ModelConfig
@@ -55,6 +56,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, dict[str, Any]
     for flag, value in (("--from", arguments.source), ("--to", arguments.target)):
         if not value:
             raise RecipeError(f"{flag}: give it, as in --from hf:facebook/dinov2-base --to runs/dinov2-b")
+    library, _, name = arguments.target.partition(":")
+    known = library in (*weights.LIBRARIES, "stablehlo")
+    check(bool(name) or not known, "--to", arguments.target, f"needs a name, as {library}:mine")
+    if library in weights.LIBRARIES:
+        convert.check_suffix(library, Path(name))
     overrides: dict[str, dict[str, Any]] = {section: {} for section in FIELDS}
     for word in rest:
         section, field, text = split_override(word)
@@ -107,8 +113,12 @@ def read(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]) ->
     if source.split(":")[0] not in weights.LIBRARIES:
         if overrides["model"]:
             raise RecipeError(f"--config.model.{next(iter(overrides['model']))}: a work directory tells its own")
-        model, recipe = convert.load_workdir(Path(source))
+        model, recipe = convert.load_workdir(source)
         print(f"{source}: {describe(model)}")
+        folder, member = frozen.run_and_member(source)
+        more = ", ".join(f"{source}@{each}" for each in frozen.members(folder)[1:])
+        if more and not member:
+            print(f"{source}: is that run's first model; there are more: {more}")
         return model, {name: getattr(recipe.data, name) for name in weights.PREPROCESSING} | overrides["data"]
     opened = weights.open_source(source, arguments.layout, overrides["model"])
     data = opened.preprocessing | overrides["data"]

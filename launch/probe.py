@@ -3,11 +3,12 @@
     python launch/probe.py --model runs/mine --train tfds:imagenet2012 --val tfds:imagenet2012:validation
     python launch/probe.py --model hf:facebook/dinov2-base --train folder:/data/birds --val folder:/data/birds:test
 
---model: a work directory, weights of other libraries as launch/convert.py reads them, or random:RECIPE.py[:ARGUMENT],
-an untrained model, which others can be compared with. How its images are made, --mean, --std, --eval_crop_fraction and
---eval_resize, follows from it; what no file tells, as of an npz file, is asked for. Features are extracted once, by all
-devices here, and kept in the work directory; the same command again goes on where it was stopped. Settings are chosen
-on a part of the training set that is held out, then trained again on all of it, and reported on --val.
+--model: a work directory, of a run of several students one of them as RUN@NAME; weights of other libraries as
+launch/convert.py reads them; or random:RECIPE.py[:ARGUMENT], an untrained model, which others can be compared with.
+How its images are made, --mean, --std, --eval_crop_fraction and --eval_resize, follows from it; what no file tells, as
+of an npz file, is asked for. Features are extracted once, by all devices here, and kept in the work directory; the same
+command again goes on where it was stopped. Settings are chosen on a part of the training set that is held out, then
+trained again on all of it, and reported on --val.
 
 --protocol: sweep (features stored; minutes), logistic (scikit-learn's logistic regression of stored features), or
 vit22b, dinov2, dinov3 (SGD on new crops in each epoch). Each sets defaults that other flags override; --FLAG=VALUE sets
@@ -109,7 +110,7 @@ def load(name: str, matmul: str, given: dict[str, Any]) -> tuple[ViT, DataConfig
     config = frozen_config(recipe.model, matmul)
     abstract = placed(abstract_model(config))
     check_parameter_memory(abstract, "--model", name, matmul)
-    return frozen.load(name, abstract, seed=0), dataclasses.replace(recipe.data, **given)
+    return frozen.load("--model", name, abstract, seed=0), dataclasses.replace(recipe.data, **given)
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ import jax
 from distill import cache
 from distill.config import DistillRecipe
 from launch.command_line import parse
-from launch.preparation import live_teaching, record_all, teacher_fingerprints
+from launch.preparation import live_teaching, load_teachers, record_all, teacher_fingerprints
 from launch.tpu import check_on_devices, join_cluster, keep_compiled_programs
 from vit22b import data, sharding
 from vit22b.config import Recipe
@@ -34,20 +34,22 @@ def teach(recipe: Recipe) -> None:
         raise RecipeError(f"--config: {recipe.name} has no teachers; give a recipe with a DistillConfig")
     shape = check_on_devices(recipe)
     check(bool(recipe.distill.cache), "distill.cache", "''", "give the folder to write, and distill.cached_steps")
-    live = recipe.without_cache()
     sources = data.open_sources(recipe)
-    fingerprints = {"train": sources[0].fingerprint(), **teacher_fingerprints(recipe)}
-    folder = Path(recipe.distill.cache)
-    writer = cache.Writer(folder, recipe, cache.identity(recipe, fingerprints))
-    missing = writer.missing()
-    views = recipe.distill.cached_steps * recipe.batch_size
-    print(f"{recipe.name}: {views:,} views of {writer.bytes_per_view} bytes, {views * writer.bytes_per_view:,} in all")
-    if not missing:
-        print(f"complete: {folder}")
-        return
     keep_compiled_programs(jax.devices()[0].platform)
     with jax.set_mesh(sharding.make_mesh(shape, jax.devices())):
-        teaching = live_teaching(live, sources, print)
+        recipe, teachers = load_teachers(recipe)
+        assert isinstance(recipe, DistillRecipe)
+        fingerprints = {"train": sources[0].fingerprint(), **teacher_fingerprints(teachers)}
+        folder = Path(recipe.distill.cache)
+        writer = cache.Writer(folder, recipe, cache.identity(recipe, fingerprints))
+        missing, size = writer.missing(), writer.bytes_per_view
+        views = recipe.distill.cached_steps * recipe.batch_size
+        print(f"{recipe.name}: {views:,} views of {size} bytes, {views * size:,} in all")
+        if not missing:
+            print(f"complete: {folder}")
+            return
+        live = recipe.without_cache()
+        teaching = live_teaching(live, teachers, sources, print)
         for steps in missing:
             start = time.perf_counter()
             writer.write(steps, record_all(live, teaching, sources[0], steps))

@@ -16,7 +16,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # of a GPU; JAX
 import jax
 
 from launch.command_line import parse
-from launch.preparation import preparation, teacher_fingerprints
+from launch.preparation import load_teachers, preparation, teacher_fingerprints
 from vit22b import data, sharding
 from vit22b.checkpoint import Checkpoints
 from vit22b.config import Recipe
@@ -80,7 +80,11 @@ def run(recipe: Recipe, workdir: Path) -> int:
     devices, shape = jax.devices(), check_on_devices(recipe)
     sources = data.open_sources(recipe)
     fingerprints = {name: source.fingerprint() for name, source in zip(("train", "validation"), sources, strict=True)}
-    fingerprints |= teacher_fingerprints(recipe)
+    cache = keep_compiled_programs(devices[0].platform)
+    mesh = sharding.make_mesh(shape, devices)
+    with jax.set_mesh(mesh):
+        recipe, teachers = load_teachers(recipe)  # before the work directory is made: what is refused leaves none
+        fingerprints |= teacher_fingerprints(teachers)
     if jax.process_index() == 0:
         open_workdir(workdir, recipe, fingerprints)
     checkpoints = Checkpoints(workdir / "checkpoints", recipe)
@@ -92,14 +96,13 @@ def run(recipe: Recipe, workdir: Path) -> int:
         f"{recipe.name}: {len(devices)} x {devices[0].device_kind}, mesh "
         + " x ".join(f"{axis} {count}" for axis, count in zip(sharding.AXES, shape, strict=True))
     )
-    cache = keep_compiled_programs(devices[0].platform)
     reporter.note(f"compiled programs are kept in {cache or 'no cache'}", on_terminal=False)
     try:
         with (
             checkpoints.stopping_on(signal.SIGTERM, signal.SIGINT),
-            jax.set_mesh(sharding.make_mesh(shape, devices)),
+            jax.set_mesh(mesh),
         ):
-            prepare = preparation(recipe, sources, fingerprints, reporter.note)
+            prepare = preparation(recipe, teachers, sources, fingerprints, reporter.note)
             train(recipe, sources, checkpoints, reporter, prepare)
     finally:
         checkpoints.wait()  # also where training failed: what was saved before is still being written

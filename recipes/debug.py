@@ -128,7 +128,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "overlap": "halves",
         },
         "optim": {},
-        "data": {"crop": "resize", "train_images": 1_000},
+        "data": {"crop": "resize", "train_images": 1_000, "eval_resize": "square"},
     },
 }
 

@@ -40,7 +40,10 @@ def from_features(name: str, teacher: str, width: int) -> DistillRecipe:
         base,
         name=name,
         model=dataclasses.replace(base.model, image_size=256, num_registers=4),
-        distill=DistillConfig(teachers=(teacher,), match="features", widths=(width,), teaching="consistent"),
+        # At the student's size, so that their patches are the same.
+        distill=DistillConfig(
+            teachers=(teacher,), image_sizes=(256,), match="features", widths=(width,), teaching="consistent"
+        ),
         data=dataclasses.replace(base.data, mixup=0.0),
     )
 

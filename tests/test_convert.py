@@ -333,8 +333,10 @@ def test_what_has_no_place_must_be_zero_in_both_directions(mesh: MeshFactory, tm
 def test_a_model_that_no_layout_expresses_is_answered_with_the_fields(mesh: MeshFactory, tmp_path: Path) -> None:
     with mesh():
         model = random_model(config_of({"pool": "gap"}))
-        with pytest.raises(RecipeError, match=r"model\.block='parallel': cannot be written as hf-vit"):
+        with pytest.raises(RecipeError, match=r"--to hf: none of hf-vit, .* has such a model .*; use timm: or stable"):
             convert.save(model, "hf", tmp_path / "x")
+        with pytest.raises(RecipeError, match=r"model\.block='parallel': cannot be written as hf-vit"):
+            convert.save(model, "hf", tmp_path / "x", layout_name="hf-vit")
         with pytest.raises(RecipeError, match="--layout=hf-vti: choose one of"):
             convert.save(model, "hf", tmp_path / "x", layout_name="hf-vti")
     assert not (tmp_path / "x").exists()
@@ -450,7 +452,7 @@ def test_a_run_is_written_with_its_moving_average(mesh: MeshFactory, tmp_path: P
         checkpoints.wait()
     assert read_recipe(tmp_path / "run") == recipe
     with mesh(2, 1, 1):  # another mesh
-        model, found = convert.load_workdir(tmp_path / "run")
+        model, found = convert.load_workdir(str(tmp_path / "run"))
         assert found == recipe
         assert_same(model, state.ema)
 
@@ -462,7 +464,7 @@ def test_the_program_converts_there_and_back(tmp_path: Path, mesh: MeshFactory, 
     work = tmp_path / "work"
     with pytest.raises(RecipeError, match=r"data\.eval_crop_fraction: no file tells it; give it, as in --config\.data"):
         program.run(["--from", spec, "--to", str(work), *statistics])
-    statistics += ["--config.data.eval_crop_fraction=1", "--config.data.eval_resize=square"]
+    statistics += ["--config.data.eval_crop_fraction=0.8", "--config.data.eval_resize=square"]
     program.run(["--from", spec, "--to", str(work), *statistics, "--config.model.matmul=bf16"])
     program.run(["--from", str(work), "--to", f"hf:{tmp_path / 'again'}"])
     output = capsys.readouterr().out
@@ -470,14 +472,19 @@ def test_the_program_converts_there_and_back(tmp_path: Path, mesh: MeshFactory, 
     assert "written as hf-siglip" in output
     recipe = read_recipe(work)
     assert recipe.data.std == (0.25, 0.5, 0.75)
-    assert (recipe.data.eval_crop_fraction, recipe.data.eval_resize) == (1.0, "square")
+    assert (recipe.data.eval_crop_fraction, recipe.data.eval_resize) == (0.8, "square")
     assert recipe.model == dataclasses.replace(model.config, matmul="bf16")
     first, again = (
         open_tensors(path / "model.safetensors").arrays for path in (tmp_path / "model", tmp_path / "again")
     )
     assert first.keys() == again.keys()
     assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert json.loads((tmp_path / "again" / "preprocessor_config.json").read_text())["image_std"] == [0.25, 0.5, 0.75]
+    assert weights.open_source(f"hf:{tmp_path / 'again'}").preprocessing == {
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.5, 0.75),
+        "eval_crop_fraction": 0.8,  # 32 of 40 pixels
+        "eval_resize": "square",
+    }
 
 
 @pytest.mark.parametrize(
@@ -492,6 +499,7 @@ def test_the_program_converts_there_and_back(tmp_path: Path, mesh: MeshFactory, 
         (["--from", "hf:nowhere/at/all", "--to", "y"], "nowhere/at/all: no such file"),
         (["--from", "nowhere", "--to", "y"], "nowhere: holds no recipe.json"),
         (["--from", "jax:x", "--to", "y"], "jax:x: holds no recipe.json"),
+        (["--from", "hf:runs/no such", "--to", "y"], "runs/no such: no such folder, and not from the hub"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(args: list[str], message: str) -> None:

@@ -13,8 +13,8 @@ from conftest import MeshFactory
 from scipy.special import log_softmax
 from teachers import recipe
 
-from distill import teacher
-from distill.config import STUDENT_SIZES, DistillRecipe
+from distill import teacher, teaching
+from distill.config import DistillRecipe
 from distill.losses import agreement, divergence, unexplained
 from launch.tpu import run
 from vit22b import data
@@ -22,6 +22,7 @@ from vit22b.checkpoint import Checkpoints
 from vit22b.config import MeshConfig, OptimConfig, Recipe
 from vit22b.data import open_sources
 from vit22b.errors import RecipeError
+from vit22b.model_config import ALL_SIZES
 from vit22b.names import named_leaves
 from vit22b.optim import Independent, clip
 from vit22b.report import read_metrics
@@ -30,22 +31,23 @@ from vit22b.step import abstract_state, init_state, train_step
 from vit22b.train import place
 
 
-def annotated(given: DistillRecipe, mesh: MeshFactory) -> tuple[dict, dict, list[teacher.Teacher], teacher.Teaching]:
+def annotated(given: DistillRecipe, mesh: MeshFactory) -> tuple[dict, dict, list[teacher.Teacher], teaching.Teaching]:
     """The first batch of the pipeline, and what becomes of it."""
     with mesh():
+        given = teacher.resolved(given)
         found = teacher.load(given)
-        teaching = teacher.Teaching(given, found)
+        live = teaching.Teaching(given, found)
         source, _ = open_sources(given)
-        teaching.find_statistics(source)
+        live.find_statistics(source)
         batches = data.train_batches(source, given, 0, 0, 1)
         batch = next(batches)
         batches.close()
-        taught = teaching(place(batch), 0)
+        taught = live(place(batch), 0)
         expected = given.objective().batch()
         assert {k: (v.shape, v.dtype) for k, v in taught.items()} == {
             k: (v.shape, v.dtype) for k, v in expected.items()
         }
-        return batch, {name: np.asarray(value, np.float32) for name, value in taught.items()}, found, teaching
+        return batch, {name: np.asarray(value, np.float32) for name, value in taught.items()}, found, live
 
 
 def test_divergence_and_agreement_by_hand() -> None:
@@ -84,18 +86,18 @@ def test_teachers_judge_the_very_images_that_the_student_sees_each_with_its_own_
 
 def test_views_of_the_four_ways_of_teaching(teachers: list[str], mesh: MeshFactory) -> None:
     seen = {}
-    for teaching in ("consistent", "independent", "fixed"):
-        given = recipe(teachers[:1], mixup=0.0, teaching=teaching)
+    for way in ("consistent", "independent", "fixed"):
+        given = recipe(teachers[:1], mixup=0.0, teaching=way)
         batch, taught, _, _ = annotated(given, mesh)
-        seen[teaching] = batch
+        seen[way] = batch
         np.testing.assert_allclose((taught["image"] * 0.5 + 0.5) * 255, batch["image"], atol=1e-3)
     assert "teacher_image" not in seen["consistent"]
-    for teaching in ("independent", "fixed"):
-        np.testing.assert_array_equal(seen[teaching]["image"], seen["consistent"]["image"])
-        assert not np.array_equal(seen[teaching]["teacher_image"], seen["consistent"]["image"])
+    for way, name in (("independent", "teacher_image"), ("fixed", "teacher_image_0")):
+        np.testing.assert_array_equal(seen[way]["image"], seen["consistent"]["image"])
+        assert not np.array_equal(seen[way][name], seen["consistent"]["image"])
     source, _ = open_sources(given)
     originals = [source[data.source_index(i, len(source), 0)][0] for i in range(16)]
-    np.testing.assert_array_equal(seen["fixed"]["teacher_image"], np.stack(originals))
+    np.testing.assert_array_equal(seen["fixed"]["teacher_image_0"], np.stack(originals))
 
 
 def test_a_teacher_sees_the_same_crop_at_its_own_size(teachers: list[str], mesh: MeshFactory) -> None:
@@ -181,7 +183,7 @@ def test_a_run_stopped_by_a_signal_resumes_bitwise(
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a size smaller than any there is."""
-    monkeypatch.setitem(STUDENT_SIZES, "0.5M", (16, 1, 32, 2))
+    monkeypatch.setitem(ALL_SIZES, "0.5M", (16, 1, 32, 2))
     return "0.5M"
 
 
@@ -262,7 +264,7 @@ def test_a_run_of_several_students_evaluates_each(small: str, teachers: list[str
         ({"teachers": ("nowhere",)}, "nowhere: holds no recipe.json"),
         ({"image_sizes": (10,)}, r"distill.image_sizes=10: .* has patches of 4; try 8"),
         ({"match": "features", "widths": (31,)}, r"distill.widths=31: .* has features of 32"),
-        ({"match": "features"}, r"distill.widths=\(\): needs one number for each of 1 teacher"),
+        ({"match": "features"}, r"distill.widths=\(\): needs one value for each of 1 teacher"),
         ({"teaching": "fixed"}, r"data.mixup=1.0: 0 with distill.teaching='fixed'"),
         ({"teaching": "patient"}, r"distill.teaching=.*function_matching"),
         ({"more_students": ("XXL",)}, r"distill.more_students=.*22B"),
@@ -275,7 +277,7 @@ def test_mistakes_are_told_in_a_line(changes: dict, message: str, teachers: list
 
     def start() -> None:
         given.validate()
-        teacher.load(given)
+        teacher.load(teacher.resolved(given))
 
     with mesh(), pytest.raises(RecipeError, match=message) as raised:
         start()

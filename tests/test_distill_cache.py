@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,9 +13,9 @@ from conftest import MeshFactory
 from scipy.special import log_softmax
 from teachers import recipe
 
-from distill import cache
+from distill import cache, top_classes
 from distill.config import DistillRecipe
-from launch.preparation import preparation, teacher_fingerprints
+from launch.preparation import load_teachers, preparation, teacher_fingerprints
 from launch.teach import teach
 from launch.tpu import run
 from vit22b import data
@@ -50,8 +51,9 @@ def batches(given: DistillRecipe, steps: range, mesh: MeshFactory) -> list[dict[
     found = []
     with mesh():
         sources = data.open_sources(given)
-        fingerprints = {"train": sources[0].fingerprint(), **teacher_fingerprints(given)}
-        prepare = preparation(given, sources, fingerprints, lambda text: None)
+        given, loaded = load_teachers(given)
+        fingerprints = {"train": sources[0].fingerprint(), **teacher_fingerprints(loaded)}
+        prepare = preparation(given, loaded, sources, fingerprints, lambda text: None)
         stream = data.train_batches(sources[0], given, steps.start, 0, 1)
         for step in steps:
             batch = prepare(place(next(stream)), step)
@@ -101,8 +103,8 @@ def test_other_processes_read_their_parts_of_what_two_have_written(
     teachers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given, rng = cached(teachers[:1], tmp_path / "views"), np.random.default_rng(0)
-    classes = rng.integers(0, 10, (4, 16, 10)).astype(np.uint16)
-    said = [{"classes_0": c, "log_probs_0": -c.astype(np.float16)} for c in classes]
+    classes = rng.integers(0, 10, (4, 16, 10)).astype(np.int32)
+    said = [{"classes_0": c, "log_probs_0": -c.astype(np.float16), "others_0": c[:, 0] / 3} for c in classes]
 
     def act_as(process: int, count: int) -> None:
         monkeypatch.setattr(jax, "process_index", lambda: process)
@@ -125,23 +127,80 @@ def test_other_processes_read_their_parts_of_what_two_have_written(
                 found = reader(step)
                 np.testing.assert_array_equal(found["classes_0"], classes[step % 4][part])
                 np.testing.assert_array_equal(found["log_probs_0"], -classes[step % 4][part].astype(np.float16))
+                np.testing.assert_array_equal(found["others_0"], np.float32(classes[step % 4][part, 0] / 3))
 
 
-def test_what_the_top_classes_leave_is_spread_over_the_others() -> None:
-    logits = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32) * 2
-    classes, log_probs = cache.most_probable(jnp.asarray(logits), 4)
-    exact, found = log_softmax(logits, axis=1), np.asarray(cache.logits_of(classes, log_probs, 12))
-    np.testing.assert_allclose(np.exp(found).sum(1), 1, rtol=1e-5)
-    for row, top in enumerate(np.argsort(-exact, axis=1)[:, :4]):
-        assert set(np.asarray(classes)[row]) == set(top)
-        np.testing.assert_allclose(found[row, top], exact[row, top], rtol=1e-5)
-        others = np.setdiff1d(np.arange(12), top)
-        np.testing.assert_allclose(np.exp(found[row, others]), (1 - np.exp(exact[row, top]).sum()) / 8, rtol=1e-4)
+def sharp_logits(temperature: float) -> np.ndarray:
+    """(64, 40): one class far ahead, the more the higher the temperature, and the others close to one another."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(64, 40))
+    logits[np.arange(64), rng.integers(0, 40, 64)] += 8 * temperature
+    return logits.astype(np.float32)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_what_is_stored_of_a_distribution_is_that_at_the_temperature(temperature: float) -> None:
+    """Up to fp16, of whose values 11 bits count; what all others have together is exact, and spread evenly."""
+    logits, k = sharp_logits(temperature), 8
+    exact = log_softmax(np.float64(logits) / temperature, axis=1)
+    classes, log_probs, others = top_classes.most_probable(jnp.asarray(logits), k, temperature)
+    log_probs = jnp.asarray(np.asarray(log_probs, np.float16))
+    found = np.asarray(top_classes.all_log_probs(classes, log_probs, others, 40), np.float64)
+    top = np.argsort(-exact, axis=1)[:, :k]
+    left = np.exp(exact)
+    np.put_along_axis(left, top, 0.0, axis=1)
+    expected = np.repeat(np.log(left.sum(1, keepdims=True) / (40 - k)), 40, axis=1)
+    np.put_along_axis(expected, top, np.take_along_axis(exact, top, axis=1), axis=1)
+    np.testing.assert_allclose(found, expected, rtol=2**-11, atol=1e-5)
+    # To the student, who sees the softmax of what is stored, this is what the even spread costs, and nothing else.
+    found = log_softmax(found, axis=1)
+    spread, cost = ((np.exp(exact) * (exact - each)).sum(1).mean() for each in (expected, found))
+    assert cost == pytest.approx(spread, rel=0.01)
+
+
+def test_the_teachers_distribution_comes_from_a_cache_at_its_temperature(
+    teachers: list[str], tmp_path: Path, mesh: MeshFactory
+) -> None:
+    given = recipe(teachers[1:], cache=str(tmp_path / "views"), cached_steps=1, top_k=9, temperature=3.0)
+    teach(given)
+    (live,), (stored,) = batches(given.without_cache(), range(1), mesh), batches(given, range(1), mesh)
+    # With nine of ten classes stored the tenth is what is left.
+    expected, found = (log_softmax(np.float64(x["logits_0"]) / 3, axis=1) for x in (live, stored))
+    np.testing.assert_allclose(found, expected, atol=3e-3)
+    assert not np.allclose(np.sort(expected), np.sort(log_softmax(live["logits_0"], axis=1)), atol=3e-3)
+
+
+def test_classes_beyond_two_bytes_are_stored_whole(tmp_path: Path) -> None:
+    given = recipe(["nobody"], top_k=2)
+    large = dataclasses.replace(given, model=dataclasses.replace(given.model, num_classes=70_000))
+    layout = cache.Layout.of(large)
+    view = {"classes_0": np.array([69_999, 5]), "log_probs_0": np.zeros(2), "others_0": np.float64(-1)}
+    _, arrays = layout.unpack([layout.pack(0, view)])
+    assert arrays["classes_0"].tolist() == [[69_999, 5]]
+    assert layout.size == 8 + 2 * (4 + 2) + 4
+    assert cache.Layout.of(given).size == 8 + 2 * (1 + 2) + 4
+
+
+def test_the_distance_to_what_is_stored_is_the_total_variation() -> None:
+    """Of the classes that are stored, with all others as one; whichever order they come in."""
+    mine, theirs, temperature = sharp_logits(1.0), sharp_logits(1.0)[::-1], 2.0
+    stored = top_classes.most_probable(jnp.asarray(theirs), 5, temperature)
+    p, q = (np.exp(log_softmax(np.float64(x) / temperature, axis=1)) for x in (mine, theirs))
+    top = np.asarray(stored[0])
+    p, q = (np.take_along_axis(x, top, axis=1) for x in (p, q))
+    expected = 0.5 * (np.abs(p - q).sum(1) + np.abs(p.sum(1) - q.sum(1)))
+    found = top_classes.variation(jnp.asarray(mine), *stored, temperature)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert expected.mean() > 0.1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            lambda r: dataclasses.replace(r, distill=dataclasses.replace(r.distill, temperature=2.0)),
+            "with distill.temperature=1.0, not 2.0",
+        ),
         (lambda r: dataclasses.replace(r, seed=1), "is of other views, with seed=0, not 1"),
         (lambda r: dataclasses.replace(r, data=dataclasses.replace(r.data, flip=False)), "with data.flip=True"),
         (
@@ -164,16 +223,72 @@ def test_a_cache_of_other_views_is_refused(change, message: str, written: Distil
     assert "\n" not in str(raised.value)
 
 
-def test_a_cache_that_says_something_else_is_refused(written: DistillRecipe, tmp_path: Path, mesh: MeshFactory) -> None:
-    """As of a teacher whose weights have changed, and the sizes of whose files have not."""
-    layout, source = cache.Layout.of(written), cache.Reader(Path(written.distill.cache), written, identity_of(written))
+@pytest.mark.parametrize("wrong", ["classes", "log_probs"])
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_cache_that_says_something_else_is_refused(
+    wrong: str, at: int, written: DistillRecipe, tmp_path: Path, mesh: MeshFactory
+) -> None:
+    """The same probabilities for other classes, or the other way round, at any of the steps that are looked at."""
+    source = cache.Reader(Path(written.distill.cache), written, identity_of(written))
     writer = cache.Writer(tmp_path / "views", written, identity_of(written))
+
+    def said(step: int) -> dict[str, np.ndarray]:
+        return {n: x[:, ::-1] if n == f"{wrong}_0" and step == at else x for n, x in source(step).items()}
+
     for steps in writer.missing():
-        writer.write(steps, ({n: -x if n.startswith("log") else x for n, x in source(s).items()} for s in steps))
-    assert layout.size == 8 + 2 * 10 * 4
-    other = dataclasses.replace(written, distill=dataclasses.replace(written.distill, cache=str(tmp_path / "views")))
-    with pytest.raises(RecipeError, match="the teachers say something else"):
-        batches(other, range(1), mesh)
+        writer.write(steps, (said(step) for step in steps))
+    with pytest.raises(RecipeError, match=f"of step {at}'s views the teachers say something else .logits_0: "):
+        batches(elsewhere(written, tmp_path / "views"), range(1), mesh)
+
+
+def elsewhere(given: DistillRecipe, folder: Path) -> DistillRecipe:
+    return dataclasses.replace(given, distill=dataclasses.replace(given.distill, cache=str(folder)))
+
+
+@pytest.fixture
+def copied(written: DistillRecipe, tmp_path: Path) -> tuple[DistillRecipe, Path]:
+    """A copy of the cache, and its second chunk."""
+    shutil.copytree(written.distill.cache, tmp_path / "views")
+    return elsewhere(written, tmp_path / "views"), tmp_path / "views" / "views-000001-00000.arrayrecord"
+
+
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.999])
+def test_a_chunk_that_was_cut_off_is_missing(
+    left: float, copied: tuple[DistillRecipe, Path], mesh: MeshFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "CHUNK_STEPS", 2)
+    given, chunk = copied
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[: int(left * len(whole))])
+    identity = identity_of(given)
+    with pytest.raises(RecipeError, match=r"lacks 1 whole files .views-000001-00000\.arrayrecord.; run launch/teach"):
+        cache.Reader(Path(given.distill.cache), given, identity)
+    assert cache.Writer(Path(given.distill.cache), given, identity).missing() == [range(2, 4)]
+
+
+def test_a_chunk_that_is_damaged_is_named(copied: tuple[DistillRecipe, Path]) -> None:
+    given, chunk = copied
+    whole = chunk.read_bytes()
+    chunk.write_bytes(whole[:104] + bytes(64) + whole[168:])  # records; how many there are is told at the end
+    reader = cache.Reader(Path(given.distill.cache), given, identity_of(given))
+    assert reader(1)
+    with pytest.raises(RecipeError, match=r"views-000001-00000\.arrayrecord is damaged; delete it and run launch"):
+        reader(2)
+
+
+def test_another_programs_manifest_is_no_caches(teachers: list[str], tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"identity": {"name": "a phone"}}')
+    given = cached(teachers, tmp_path)
+    with pytest.raises(RecipeError, match=r"its manifest\.json is not a cache's; give a new folder"):
+        cache.Writer(tmp_path, given, {"seed": 0})
+
+
+def test_a_field_that_one_version_alone_has_decides_nothing(written: DistillRecipe) -> None:
+    identity = identity_of(written)
+    folder = Path(written.distill.cache)
+    assert cache.Reader(folder, written, {**identity, "data.new": 1})(0)
+    del identity["data.flip"]
+    assert cache.Reader(folder, written, identity)(0)
 
 
 def identity_of(given: DistillRecipe) -> dict:

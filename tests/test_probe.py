@@ -298,7 +298,8 @@ def test_the_script_exits_with_status_2_and_one_line(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert (
-        done.stderr.strip().splitlines()[-1] == f"error: {tmp_path}: holds no recipe.json, as the folder of a run does"
+        done.stderr.strip().splitlines()[-1]
+        == f"error: --model={tmp_path}: holds no recipe.json, as the folder of a run does"
     )
 
 

@@ -149,11 +149,12 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class View:
-    """An array of a training batch: images as augmentation makes them, or, if `plain`, as evaluation does."""
+    """An array of a training batch: images as augmentation makes them, or as evaluation does."""
 
     name: str
     size: int  # pixels a side
-    plain: bool = False
+    eval_crop: float = 0.0  # as evaluation, with this `DataConfig.eval_crop_fraction`; 0: as augmentation
+    eval_resize: str = "short_side"  # as evaluation, as `DataConfig.eval_resize`
     stream: int = 0  # views of one stream are cropped and augmented alike
 
 
@@ -221,6 +222,10 @@ class Recipe:
         from vit22b.objective import Supervised  # imports JAX, which a recipe can be read without
 
         return Supervised(self)
+
+    def check_mesh(self, data: int, model: int) -> None:
+        """Raises `RecipeError` where these counts of devices on 'data' and 'model' do not divide what is trained."""
+        self.model.check_mesh(data, model)
 
     def period(self) -> int | None:
         """After how many steps the training stream begins anew, if it does."""

@@ -7,6 +7,7 @@ and threads nor a restart changes what a step sees, and all that a checkpoint ne
 one another without a gap: a batch may end one and begin the next.
 """
 
+import dataclasses
 import functools
 import math
 import sys
@@ -156,8 +157,9 @@ def _train_batch(source: Source, recipe: Recipe, size: int, process_index: int, 
 
 def see(image: np.ndarray, view: View, recipe: Recipe, index: int) -> np.ndarray:
     """A view of sample `index`, uint8 (S, S, 3)."""
-    if view.plain:
-        return eval_image(image, recipe.data, view.size)
+    if view.eval_crop:
+        config = dataclasses.replace(recipe.data, eval_crop_fraction=view.eval_crop, eval_resize=view.eval_resize)
+        return eval_image(image, config, view.size)
     entropy = (recipe.seed, index, view.stream) if view.stream else (recipe.seed, index)
     return train_image(image, recipe.data, view.size, np.random.default_rng(entropy))
 
@@ -168,9 +170,15 @@ def _eval_batch(source: Source, recipe: Recipe, size: int, process_index: int, s
 
     def sample(position: int) -> tuple[list[np.ndarray], int]:
         image, label = source[first + position]
-        return [eval_image(image, recipe.data, recipe.model.image_size)], label
+        return [see(image, view, recipe, first + position)], label
 
-    view = View(name="image", size=recipe.model.image_size, plain=True)
+    config = recipe.data
+    view = View(
+        name="image",
+        size=recipe.model.image_size,
+        eval_crop=config.eval_crop_fraction,
+        eval_resize=config.eval_resize,
+    )
     mask = (np.arange(size) < count).astype(np.float32)
     return _collect(sample, count, size, (view,), recipe.data) | {"mask": mask}
 

@@ -15,10 +15,10 @@ from vit22b.config import Recipe
 from vit22b.errors import RecipeError, check
 from vit22b.matmul import DTYPES
 from vit22b.model import ViT
-from vit22b.model_config import ModelConfig
+from vit22b.model_config import ModelConfig, resized
 from vit22b.names import path_name
 from vit22b.optim import MATRICES
-from vit22b.workdir import read_recipe
+from vit22b.workdir import read_fields, read_recipe
 
 RANDOM = "random:"  # before a recipe, in the place of a work directory: an untrained model
 
@@ -51,10 +51,31 @@ def placed(abstract: ViT, replicated: bool = False) -> ViT:
     return jax.tree_util.tree_map_with_path(place_leaf, abstract)
 
 
+def run_and_member(name: str) -> tuple[Path, str]:
+    """The work directory that 'RUN' or 'RUN@MEMBER' names, and which of the models trained in it; '': the first."""
+    folder, at, member = name.rpartition("@")
+    return (Path(folder), member) if at and not Path(name).exists() else (Path(name), "")
+
+
+def members(folder: Path) -> tuple[str, ...]:
+    """The names of the models that were trained in a work directory; raises `RecipeError`."""
+    return ("student", *read_fields(folder).get("distill.more_students", ()))
+
+
 def recipe_of(field: str, name: str) -> Recipe:
-    """That of a work directory, or the one that `random:RECIPE.py[:ARGUMENT]` names; raises `RecipeError`."""
+    """That of a work directory, with the model of the member named, or of `random:RECIPE.py[:ARGUMENT]`.
+
+    Raises `RecipeError`, naming `field`.
+    """
     if not name.startswith(RANDOM):
-        return read_recipe(Path(name))
+        folder, member = run_and_member(name)
+        try:
+            recipe, names = read_recipe(folder), members(folder)
+        except RecipeError as error:
+            raise RecipeError(f"{field}={error}") from error
+        check(member in ("", *names), field, name, f"the models of {folder} are {', '.join(names)}")
+        further = member in names[1:]
+        return dataclasses.replace(recipe, model=resized(recipe.model, member)) if further else recipe
     path, _, argument = name.removeprefix(RANDOM).partition(":")
     check(Path(path).is_file(), field, name, f"there is no recipe {path}")
     try:
@@ -69,13 +90,20 @@ def recipe_of(field: str, name: str) -> Recipe:
     return recipe
 
 
-def load(name: str, abstract: ViT, seed: int) -> ViT:
-    """The model of a work directory, or of `random:` as it is before training, placed as `abstract`."""
+def load(field: str, name: str, abstract: ViT, seed: int) -> ViT:
+    """The model of a work directory, or of `random:` as it is before training, placed as `abstract`.
+
+    Raises `RecipeError`, naming `field`.
+    """
 
     def create() -> ViT:
         model = ViT(abstract.config, jax.random.key(seed))
         return jax.tree.map(lambda leaf, to: leaf.astype(to.dtype), model, abstract)
 
-    if not name.startswith(RANDOM):
-        return restore_model(Path(name) / "checkpoints", abstract)
-    return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    if name.startswith(RANDOM):
+        return jax.jit(create, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))()
+    folder, member = run_and_member(name)
+    try:
+        return restore_model(folder / "checkpoints", abstract, "" if member == "student" else member)
+    except RecipeError as error:
+        raise RecipeError(f"{field}={name}: {error}") from error

@@ -59,8 +59,11 @@ def check_state_memory(recipe: Recipe) -> None:
     )
 
 
-def check_parameter_memory(abstract: ViT, field: str, value: object, dtype: str) -> None:
-    """Raises `RecipeError` where a model's parameters alone, of `dtype`, exceed the memory of a device here."""
+def check_parameter_memory(abstract: ViT | list[ViT], field: str, value: object, dtype: str) -> None:
+    """Raises `RecipeError` where parameters alone, of one or several models, exceed the memory of a device here.
+
+    `dtype` is that of their matrices, for the message.
+    """
     needed, available = sharding.bytes_per_device(abstract) / GIB, device_memory(jax.local_devices()[0]) / GIB
     remedy = f"parameters need {needed:.1f} GiB per device in {dtype}, there are {available:.1f}; use more devices"
     check(needed <= available, field, value, remedy)

@@ -179,6 +179,19 @@ class ModelConfig:
             "not with model.matmul='fp8'; use model.overlap=none or model.matmul='bf16'",
         )
 
+    def check_mesh(self, data: int, model: int) -> None:
+        """Raises `RecipeError` where these counts of devices on 'data' and 'model' do not divide the model."""
+        for axis, count, fields in (("data", data, ("width",)), ("model", model, ("width", "num_heads", "mlp_dim"))):
+            sizes = {field: getattr(self, field) for field in fields}
+            fitting = [n for n in range(1, count + 1) if not any(size % n for size in (count, *sizes.values()))]
+            for field, value in sizes.items():
+                check(
+                    value % count == 0,
+                    f"mesh.{axis}",
+                    count,
+                    f"must divide model.{field}={value}; the largest that does: {fitting[-1]}",
+                )
+
 
 def nearest_divisors(number: int, value: int) -> str:
     """The divisors of `number` next below and next above `value`, as text."""
@@ -220,6 +233,8 @@ LADDER = {
     "22B": SIZES["22B"],
 }
 
+ALL_SIZES = SIZES | LADDER
+
 
 class Size(TypedDict):
     """The four fields of `ModelConfig` that a size sets."""
@@ -235,3 +250,9 @@ def size(name: str, table: dict[str, tuple[int, int, int, int]]) -> Size:
     check_choice("size", name, tuple(table))
     width, depth, mlp_dim, num_heads = table[name]
     return Size(width=width, depth=depth, mlp_dim=mlp_dim, num_heads=num_heads)
+
+
+def resized(config: ModelConfig, name: str) -> ModelConfig:
+    """The architecture at another of `ALL_SIZES`, its layers in a loop or not as before; raises `RecipeError`."""
+    row = size(name, ALL_SIZES)
+    return dataclasses.replace(config, **row, scan_unroll=row["depth"] if config.unrolled else config.scan_unroll)

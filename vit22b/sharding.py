@@ -8,6 +8,7 @@ so a forgotten one is an error at trace time instead of a silent copy.
 """
 
 import itertools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -17,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 from vit22b.config import MeshConfig, Recipe
 from vit22b.errors import RecipeError, check
-from vit22b.model_config import ModelConfig
 
 AXES = ("replica", "data", "model")
 BATCH = P(("replica", "data"))
@@ -63,21 +63,7 @@ def check_divisibility(recipe: Recipe, shape: tuple[int, int, int]) -> None:
         batch,
         f"must be a multiple of {shards} = {what}; try {max(batch // shards, 1) * shards}",
     )
-    check_model_divisibility(recipe.model, data, model)
-
-
-def check_model_divisibility(config: ModelConfig, data: int, model: int) -> None:
-    """Raises `RecipeError` where these counts of devices on 'data' and 'model' do not divide the model."""
-    for axis, count, fields in (("data", data, ("width",)), ("model", model, ("width", "num_heads", "mlp_dim"))):
-        sizes = {field: getattr(config, field) for field in fields}
-        fitting = [n for n in range(1, count + 1) if not any(size % n for size in (count, *sizes.values()))]
-        for field, value in sizes.items():
-            check(
-                value % count == 0,
-                f"mesh.{axis}",
-                count,
-                f"must divide model.{field}={value}; the largest that does: {fitting[-1]}",
-            )
+    recipe.check_mesh(data, model)
 
 
 def make_mesh(shape: tuple[int, int, int], devices: list[jax.Device] | None = None) -> Mesh:
@@ -140,6 +126,11 @@ def concrete(tree, mesh: Mesh):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec_of(leaf)))
 
     return jax.tree.map(place, tree)
+
+
+def on_batch(function: Callable) -> Callable:
+    """The function of arrays that are split as `BATCH`, each device applying it to its part; so are the results."""
+    return jax.shard_map(function, in_specs=BATCH, out_specs=BATCH, check_vma=False)
 
 
 def spec_of(leaf) -> P:

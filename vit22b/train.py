@@ -5,7 +5,6 @@ bit for bit.
 """
 
 import functools
-import itertools
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -107,14 +106,12 @@ def train(recipe: Recipe, sources: tuple, checkpoints: Checkpoints, reporter: Re
     batches.close()
 
 
-def evaluate(
-    recipe: Recipe, eval_fn: Callable, model: ViT, source: Source, limit: int | None = None
-) -> dict[str, float]:
-    """Metrics over a validation set, or its first `limit` batches; `eval_fn(model, batch)` gives one batch's sums."""
+def evaluate(recipe: Recipe, eval_fn: Callable, model: ViT, source: Source) -> dict[str, float]:
+    """Metrics over a validation set; `eval_fn(model, batch)` gives the sums of one batch."""
     totals: list[ClassificationSums] = []
     pending: list[ClassificationSums] = []  # the device works on the next batch while the host adds up
     batches = data.eval_batches(source, recipe, jax.process_index(), jax.process_count())
-    for batch in itertools.islice(batches, limit):
+    for batch in batches:
         pending.append(eval_fn(model, place(batch)))
         if len(pending) > 2:
             totals.append(pending.pop(0).on_host())

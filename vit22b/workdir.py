@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -81,10 +82,19 @@ def read_recipe(workdir: Path) -> Recipe:
 
     A field that an older run does not have takes its default, one that is no longer there is passed over.
     """
+    fields = read_fields(workdir)
+    try:
+        return from_flat(fields)
+    except TypeError as error:  # a field is missing
+        raise RecipeError(f"{workdir / 'recipe.json'}: is not a run's ({error})") from error
+
+
+def read_fields(workdir: Path) -> dict[str, Any]:
+    """The fields of the run's recipe by their dotted names, those of its kind too; raises `RecipeError`."""
     path = workdir / "recipe.json"
     try:
-        return from_flat(json.loads(path.read_text(encoding="utf-8"))["recipe"])
-    except FileNotFoundError as error:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["recipe"])
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise RecipeError(f"{workdir}: holds no recipe.json, as the folder of a run does") from error
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path}: is not a run's ({error})") from error

@@ -2,17 +2,15 @@
 
 import dataclasses
 import functools
-import hashlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vit22b.config import DataConfig, Recipe
+from vit22b.fingerprint import COMPUTED, digest
 from vit22b.mix import normalize
 from vit22b.model import ViT
 from vit22b.model_config import ModelConfig
-from vit22b.names import named_leaves
 from vit22b.probing.config import ProbeConfig
 from vit22b.probing.features import Term, parse_feature, see, width
 from vit22b.probing.store import BF16
@@ -63,10 +61,6 @@ class Encoder:
         }
 
 
-# Fields of `ModelConfig` that change speed and rounding at most.
-COMPUTED = ("attention", "kernels", "remat", "overlap", "scan_unroll", "stochastic_depth", "init", "head_bias")
-
-
 def encoder_of(model: ViT, data: DataConfig, config: ProbeConfig) -> Encoder:
     """An encoder with the features, image size and batch size that `config` asks for; raises `RecipeError`."""
     terms = {feature: parse_feature(feature, model.config) for feature in config.features}
@@ -97,26 +91,3 @@ def encoder_of(model: ViT, data: DataConfig, config: ProbeConfig) -> Encoder:
     recipe.validate()
     dtype = BF16 if config.dtype == "bf16" else np.dtype(np.float32)
     return Encoder(model=model, recipe=recipe, terms=terms, dtype=dtype)
-
-
-def digest(model: ViT) -> str:
-    """A hash of all parameters as they are on the devices, however they are sharded."""
-    found = [(name, leaf.shape, leaf.dtype.name) for name, leaf in named_leaves(model).items()]
-    values = [int(x) for x in jax.tree.leaves(_checksums(model))]
-    return hashlib.sha256(repr((found, values)).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _checksums(model: ViT) -> ViT:
-    return jax.tree.map(_checksum, model)
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    """The sum of all elements' bits, each times an odd number of its place, modulo 2^32: no order changes it."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16).astype(jnp.uint32)
-    place = jnp.zeros_like(bits)
-    for dim in range(bits.ndim):
-        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, dim, out_sharding=jax.typeof(bits).sharding)
-        place = (place ^ index) * jnp.uint32(0x9E3779B1)
-    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA6B)
-    return jnp.sum((bits ^ (bits >> 13)) * (2 * place + 1), dtype=jnp.uint32)
