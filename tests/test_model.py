@@ -106,7 +106,7 @@ def run(mesh: MeshFactory, config: ModelConfig, shape: tuple[int, int, int] = (1
         model, images = random_model(config, m), jax.device_put(random_images(config, batch), NamedSharding(m, BATCH))
         traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(model, images)
         with jax.numpy_dtype_promotion("standard"):  # in bf16, JAX lowers its attention's gradient to mixed matmuls
-            step = traced.lower().compile({"xla_backend_optimization_level": 0})  # compiling is most of the time
+            step = traced.lower().compile()
         (_, output), gradients, model = jax.tree.map(np.asarray, (*step(model, images), model))
     return Run(named(model), output, named(gradients), step.memory_analysis().temp_size_in_bytes)
 
