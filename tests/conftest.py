@@ -81,6 +81,14 @@ def loss_and_named_gradients(config: ModelConfig, shape: tuple[int, int, int], m
         return float(loss), {name: np.asarray(leaf) for name, leaf in named(gradients).items()}
 
 
+def assert_same_gradients(actual: dict, expected: dict) -> None:
+    """By name, to 2e-5 of each one's largest value; none is zero."""
+    for name, gradient in expected.items():
+        scale = np.abs(gradient).max()
+        assert scale > 0, name
+        np.testing.assert_allclose(actual[name], gradient, rtol=0, atol=2e-5 * scale, err_msg=name)
+
+
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     """A context in which functions are lowered as for a GPU; none takes part."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -38,6 +38,11 @@ def kernel_out(rows: int, config: ModelConfig) -> P:
     return KERNEL_OUT_2D if config.overlap == "rings" or rows % (sizes["model"] * sizes["data"]) else KERNEL_OUT
 
 
+def _gather_themselves(config: ModelConfig) -> bool:
+    """Whether the matmuls in force, rings' or fp8's, gather what they multiply: stream and kernels stay as they lie."""
+    return config.matmul == "fp8" or config.overlap == "rings"
+
+
 def residual(batch: int, config: ModelConfig) -> P:
     """How the residual stream (B, T, D) lies between blocks, on the mesh in force.
 
@@ -45,7 +50,7 @@ def residual(batch: int, config: ModelConfig) -> P:
     be divided: so norms find whole rows, and what is gathered and summed is in one piece.
     """
     sizes = get_abstract_mesh().shape
-    if config.matmul == "fp8" or config.overlap == "rings" or batch % math.prod(sizes.values()):
+    if _gather_themselves(config) or batch % math.prod(sizes.values()):
         return RESIDUAL
     return BATCH if sizes["model"] == 1 else BY_IMAGE
 
@@ -54,7 +59,7 @@ def read_as(config: ModelConfig) -> P:
     """How `column_parallel` takes the stream: as it lies for rings and fp8; else whole, in a type whose gradients of
     several readers are added on each device before they are summed over 'model'.
     """
-    if config.matmul == "fp8" or config.overlap == "rings":
+    if _gather_themselves(config):
         return RESIDUAL
     in_groups = 1 < config.scan_unroll < config.depth
     if get_abstract_mesh().shape["model"] == 1 or (in_groups and not RESHAPES_REDUCED):
@@ -68,7 +73,7 @@ def gathered(kernels: list[jax.Array], spec: P, config: ModelConfig) -> list[jax
 
     For halves in a type whose gradients, one of each half, are added before they are summed over devices.
     """
-    if config.matmul == "fp8" or config.overlap == "rings":
+    if _gather_themselves(config):
         return kernels
     if config.overlap == "halves":
         spec = P(*spec, reduced={"replica", "data"})
