@@ -39,6 +39,8 @@ FIELDS = {
     "rope_theta": "rope_base",
 }
 PREPROCESSING = ("mean", "std", "eval_crop_fraction", "eval_resize")  # fields of `DataConfig`
+# Those that cannot be guessed where no file tells them; the examples are what big_vision does for most of its models.
+ASKED = {"mean": "(0.5,0.5,0.5)", "std": "(0.5,0.5,0.5)", "eval_crop_fraction": "0.875"}
 SHORT_SIDE = ("CLIP", "Bit")  # image processors of transformers whose size, as a mere number, is that of the short side
 
 

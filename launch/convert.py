@@ -40,7 +40,6 @@ from vit22b.model_config import ModelConfig
 
 FIELDS = {"model": ModelConfig, "data": DataConfig}
 NEEDED = {int: "an integer", bool: "true or false", float: "a number"}
-ASKED = {"mean": "(0.5,0.5,0.5)", "std": "(0.5,0.5,0.5)", "eval_crop_fraction": "0.875"}  # with examples
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, dict[str, Any]]]:
@@ -122,7 +121,7 @@ def read(arguments: argparse.Namespace, overrides: dict[str, dict[str, Any]]) ->
         return model, {name: getattr(recipe.data, name) for name in weights.PREPROCESSING} | overrides["data"]
     opened = weights.open_source(source, arguments.layout, overrides["model"])
     data = opened.preprocessing | overrides["data"]
-    for name, example in ASKED.items():
+    for name, example in weights.ASKED.items():
         if name not in data:
             raise RecipeError(f"data.{name}: no file tells it; give it, as in --config.data.{name}='{example}'")
     check_parameter_memory(abstract_model(opened.config), "model.width", opened.config.width, "fp32")

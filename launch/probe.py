@@ -46,9 +46,6 @@ from vit22b.probing.config import ProbeConfig, protocol_fields, typed
 from vit22b.probing.encoder import encoder_of
 from vit22b.probing.run import note, probe
 
-# What cannot be guessed of a model's images; the examples are what big_vision does for most of its models.
-PREPROCESSING_ASKED = {"mean": "0.5,0.5,0.5", "std": "0.5,0.5,0.5", "eval_crop_fraction": "0.875"}
-
 
 def parse(argv: list[str]) -> ProbeConfig:
     """The flags, those not given as the protocol has them; raises `RecipeError`."""
@@ -100,7 +97,7 @@ def load(name: str, matmul: str, given: dict[str, Any]) -> tuple[ViT, DataConfig
         source = weights.open_source(name)
         source = dataclasses.replace(source, config=frozen_config(source.config, matmul))
         data = source.preprocessing | given
-        missing = [f"--{each}={example}" for each, example in PREPROCESSING_ASKED.items() if each not in data]
+        missing = [f"--{each}={example.strip('()')}" for each, example in weights.ASKED.items() if each not in data]
         check(not missing, "--model", name, f"no file tells how images are made; give it, as in {' '.join(missing)}")
         abstract = abstract_model(source.config)
         check_parameter_memory(abstract, "--model", name, "fp32")
